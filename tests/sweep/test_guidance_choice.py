@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,6 +249,17 @@ def test_the_plot_marks_what_was_scored_and_the_least(narrow: bool) -> None:
     names = [text.get_text() for text in panels[0].figure.legends[0].get_texts()]
     kinds = ["all noise levels, by the missing class", "noise levels 0.3 to 5", "by weak"]
     assert names == ["budget 4", "budget 8", *kinds, "scored", "least of all"]
+
+
+@pytest.mark.parametrize(("images", "dim", "known"), [(40, 3, True), (19, 3, False), (40, 513, False)])
+def test_the_error_of_a_distance_is_that_of_a_mean(images: int, dim: int, known: bool) -> None:
+    """Where the figure is a mean: its standard error over groups."""
+    features = torch.arange(images * dim, dtype=torch.float64).view(images, dim)
+    spaces = {"": SimpleNamespace(distance_of=lambda rows: rows.mean().item())}
+    found, error = guidance._distance(features, SimpleNamespace(spaces=spaces))  # pyright: ignore
+    groups = features.mean(1).view(10, -1).mean(1) if known else torch.zeros(2)
+    assert found == features.mean().item()
+    assert error == pytest.approx(groups.std().item() / 10**0.5)
 
 
 def test_nothing_to_plot_is_a_text() -> None:
