@@ -45,6 +45,7 @@ ROOMS = (
     "distillation",
     "tokenizer",
     "priors",
+    "foreign",
     "cards",
     "evaluation",
     "sweep",

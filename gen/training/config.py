@@ -185,6 +185,7 @@ ABSENT = {
     "model.min_snr_gamma": 5.0,
     "model.start": "random",
     "model.network": "dit",
+    "model.inputs": "own",
     "origin.init": "",
     "origin.teacher": "",
     "origin.pairs": "",
@@ -192,7 +193,7 @@ ABSENT = {
     "origin.evaluations": 0,
 }
 """What a key means where it is missing: in the configuration of a run from before there was such a key."""
-LATER = ("model.jump.", "model.unet.", "reflow.")
+LATER = ("model.jump.", "model.unet.", "model.dit.details.", "reflow.")
 """Groups of keys that runs from before them do not depend on."""
 
 
