@@ -47,8 +47,8 @@ MEASURES = {
 TOOLS = {
     "data check": Command("commands.data", "look at images before training on them", True, "check_command"),
     "data build": Command("commands.data", "a set larger than memory, in few large files", True, "build_command"),
-    "import-tokenizer": Command("commands.imports", "an autoencoder of diffusers", True, "tokenizer_command"),
-    "import-model": Command("commands.imports", "weights of DiT, SiT, LightningDiT, diffusers", True, "model_command"),
+    "import-tokenizer": Command("commands.import_tokenizer", "an autoencoder of diffusers", True),
+    "import-model": Command("trainings.import_model", "weights of DiT, SiT, LightningDiT, diffusers", True),
     "posthoc-ema": Command("commands.posthoc_ema", "averages of other lengths, after training", True),
     "verify-resume": Command("commands.verify_resume", "check that resuming a run is exact"),
     "completion": Command("commands.completion", "a script that completes commands and flags in a shell", True),

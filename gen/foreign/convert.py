@@ -58,14 +58,19 @@ def import_model(
     channels, classes = ours["embed.weight"].shape[1], len(ours["label.weight"]) - 1
     if "positions" not in ours:
         ours["positions"] = published_positions(side // size.patch, size.width)
-    whole = ours["head.weight"].numel()
+    whole = numbers(ours)
     ours = as_ours(ours, size, channels, layout.sign)
     config = LatentModelConfig(layout.schedule, layout.target, dit=size, inputs=layout.inputs)
     names = class_names if len(class_names) == classes else ()
     with raising(DataError, f"these weights are not of layout {name}", "get the file again", ValueError, RuntimeError):
         model = LatentModel(config, (channels, side, side), classes, (), names)
         load_weights(model, {f"network.{key}": value.float() for key, value in ours.items()})
-    return Imported(model.eval(), whole - ours["head.weight"].numel())
+    return Imported(model.eval(), whole - numbers(ours))
+
+
+def numbers(ours: State) -> int:
+    """How many the last layer has."""
+    return ours["head.weight"].numel() + ours["head.bias"].numel()
 
 
 def renamed(state: Mapping[str, Tensor], name: LayoutName) -> State:

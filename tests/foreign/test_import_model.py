@@ -14,7 +14,7 @@ from pipelines import Script
 from safetensors.torch import save_file
 from test_foreign_layouts import TINY, dit_state, peer
 
-from midway.gen.commands import imports
+from midway.gen.commands import import_tokenizer
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import file_hash
 from midway.gen.data.splits import DataConfig
@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
     AutoencoderKL(**AUTOENCODER, latent_channels=4).save_pretrained(root / "vae")
-    imports.run(imports.ImportTask(str(root / "vae"), root / "run", data=DIGITS))
+    import_tokenizer.run(import_tokenizer.ImportTask(str(root / "vae"), root / "run", data=DIGITS))
     return root / "run"
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file
 from safetensors.torch import save as save_tensors
 
 from midway.gen.baselines.flow_config import glow, nice
-from midway.gen.commands import imports
+from midway.gen.commands import import_tokenizer
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_tokenizer
@@ -268,7 +268,7 @@ def imported(pipeline: Pipeline, folder: Path) -> Path:
     """The run of an imported VQ model."""
     VQModel(**AUTOENCODER, in_channels=1, out_channels=1, num_vq_embeddings=16).save_pretrained(folder / "source")
     data = DataConfig(held_out=0.9)
-    imports.run(imports.ImportTask(str(folder / "source"), folder / "run", data=data))
+    import_tokenizer.run(import_tokenizer.ImportTask(str(folder / "source"), folder / "run", data=data))
     return folder / "run"
 
 
