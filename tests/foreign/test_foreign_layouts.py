@@ -22,8 +22,8 @@ TINY: dict[str, int] = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "side":
 
 def peer(width: int, depth: int, heads: int, patch: int, side: int, classes: int, eps: float = 1e-5) -> Any:
     """diffusers' network with random weights, its embeddings equal in all blocks, as DiT is converted to it."""
-    size = {"num_attention_heads": heads, "attention_head_dim": width // heads, "num_layers": depth}
-    place = {"sample_size": side, "patch_size": patch, "num_embeds_ada_norm": classes}
+    size: dict[str, Any] = {"num_attention_heads": heads, "attention_head_dim": width // heads, "num_layers": depth}
+    place: dict[str, Any] = {"sample_size": side, "patch_size": patch, "num_embeds_ada_norm": classes}
     made = DiTTransformer2DModel(in_channels=4, out_channels=8, norm_eps=eps, **size, **place).eval()
     generator = torch.Generator().manual_seed(0)
     state = made.state_dict()
@@ -142,7 +142,8 @@ def test_the_field_of_dit_is_that_of_eps_at_a_timestep(exact_convolutions: None)
         found = ours.field(labels)(x.double(), torch.full((2,), t, dtype=torch.float64))
         torch.testing.assert_close(found.eps.float(), eps, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.x0.float(), x0.float(), atol=1e-4, rtol=1e-4)
-        made = ours.field(labels).at((t,), x)  # pyright: ignore[reportAttributeAccessIssue]
+        field: Any = ours.field(labels)
+        made = field.at((t,), x)
         torch.testing.assert_close(made.values[0](x), eps, atol=1e-6, rtol=1e-5)  # one embedded time for all samples
 
 
