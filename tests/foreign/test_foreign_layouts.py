@@ -244,7 +244,7 @@ def equations(state: dict[str, Tensor], x: Tensor, t: Tensor, labels: Tensor, he
 
 def test_lightningdit_is_its_equations() -> None:
     state = lightning()
-    x, t, labels = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([0.2, 0.9])
+    x, t = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([0.2, 0.9])
     labels = torch.tensor([2, 7])
     made = import_model(state, "lightningdit", heads=2).model
     with torch.no_grad():
