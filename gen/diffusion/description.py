@@ -55,7 +55,7 @@ class LatentModelConfig:
     target: Target = "velocity"
     """What the network predicts."""
     time: Density = "logit_normal"
-    """How noise levels are drawn in training."""
+    """How noise levels are drawn in training; of models that jump both ends of a jump, of shortcut those of its flow share."""
     time_mean: float = 0.0
     """Mean of log rho for logit_normal."""
     time_std: float = 1.0
@@ -63,12 +63,18 @@ class LatentModelConfig:
     time_mode: float = 1.29
     """Scale of mode: above 0 the middle noise levels are drawn more often, below 0 the ends."""
     time_shift: Literal["auto"] | float = 1.0
-    """Factor of the noise levels drawn. auto: the root of a latent's number of values by 4096."""
+    """Factor of the noise levels that `time` draws. auto: the root of a latent's number of values by 4096."""
     weight: Weighting = "own"
     """Weight of the squared errors by the noise level: own, that of the target; velocity, as if the target were the velocity;
-    min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less."""
+    min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less; learned, one over their mean at the
+    noise level."""
     min_snr_gamma: float = 5.0
     """gamma of min_snr."""
+    scales: int = 1
+    """Resolutions of latents whose squared errors are added, each half of the one before; 1: the latents alone."""
+    direction: float = 0.0
+    """Weight of the error in direction, which is added: 1 - the cosine between the velocities of prediction and truth, over
+    channels."""
     conditional: bool = True
     """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
     label_dropout: float = 0.1
@@ -90,15 +96,24 @@ class LatentModelConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
-        check_ranges(self, time_mode=MODE_SCALES, min_snr_gamma=POSITIVE)
+        check_ranges(self, time_mode=MODE_SCALES, min_snr_gamma=POSITIVE, scales=(1, 10), direction=(0, 1e6))
         if self.time_shift != "auto":
             check_ranges(self, time_shift=(1e-3, 1e3))
         for name, value, plain in (("dit", self.dit, DiTConfig()), ("unet", self.unet, UNetConfig())):
             if name != self.network and value != plain:
                 raise ValueError(f"settings of {name} have no effect with network {self.network}: drop them")
         check_inputs(self.inputs, self.schedule, self.is_jump)
+        for name, of, chosen in (("time_mode", "mode", self.time), ("min_snr_gamma", "min_snr", self.weight)):
+            value, plain = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if chosen != of and value != plain:
+                raise ValueError(f"{name} {value} has no effect with {chosen}: it is of {of}; drop one of the two")
         if self.is_jump:
             check_jumps(self.objective, self.jump, self.schedule, self.target)
+            if self.scales != 1 or self.direction:
+                raise ValueError(
+                    f"scales and direction are of flow models, and objective {self.objective} has an error of its own: drop "
+                    "--model.scales and --model.direction"
+                )
             if self.weight != "own":
                 raise ValueError(
                     f"weight {self.weight} is of flow models, and objective {self.objective} has weights of its own "

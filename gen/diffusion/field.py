@@ -6,7 +6,7 @@ evaluation the network and one scaling of its input (none where alpha^2 + sigma^
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from midway.gen.diffusion.description import LatentModelConfig
 from midway.gen.diffusion.inputs import network_time
 from midway.gen.networks.network import Network
+from midway.gen.objectives.weights import LossLevel
 from midway.gen.training.batches import Context
 from midway.samplers.prediction import (
     Evaluations,
@@ -29,6 +30,9 @@ from midway.samplers.prediction import (
 from midway.samplers.schedule import Schedule
 from midway.tokenizers.precision import widened
 
+if TYPE_CHECKING:
+    from midway.gen.objectives.alignment import Alignment
+
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t (B, *), t (B,), labels (B,)) -> velocity (B, *)."""
 
@@ -41,6 +45,8 @@ class Denoiser(Protocol):
     schedule: Schedule
     classes: int
     teacher: Velocity | None
+    alignment: "Alignment | None"
+    level: LossLevel | None
 
     @property
     def time_range(self) -> tuple[float, float]: ...

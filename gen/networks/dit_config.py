@@ -68,6 +68,21 @@ class DiTConfig:
     details: Details = field(default_factory=Details)
     """Of imported networks."""
 
+    mup_base_width: int = 0
+    """muP: the width that start and learning rate are meant for; at others they are scaled, so that one serves all (0: off)."""
+    mup_base_heads: int = 0
+    """muP: heads at that width (0: as many)."""
+
+    @property
+    def wider(self) -> float:
+        """Widths of the base of muP that this one is; 1 without muP."""
+        return self.width / self.mup_base_width if self.mup_base_width else 1.0
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of a head whose logits are divided by their root: those of the base of muP."""
+        return (self.mup_base_width or self.width) // ((self.mup_base_width and self.mup_base_heads) or self.heads)
+
     @property
     def about(self) -> str:
         """The network in words: its size, and the kinds of blocks that are not the default."""
@@ -77,6 +92,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO, time_scale=(1e-3, 1e6))
+        check_ranges(self, mup_base_width=(0, WIDTH[1]), mup_base_heads=(0, WIDTH[1]))
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4 (2-D positions)")
         if self.positions != "sincos" and self.width // self.heads % 4:
@@ -85,5 +101,11 @@ class DiTConfig:
             )
         if self.mixer == "linear" and self.attention_scale != "fixed":
             raise ValueError("attention_scale tokens needs mixer softmax: linear attention has no logits")
+        if self.mup_base_heads and not self.mup_base_width:
+            raise ValueError("mup_base_heads has no effect without mup_base_width: drop it, or give the width")
+        if self.mup_base_width % (self.mup_base_heads or self.heads):
+            raise ValueError(
+                f"mup_base_width {self.mup_base_width} must be divisible by its heads ({self.mup_base_heads or self.heads})"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")

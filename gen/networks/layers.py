@@ -1,4 +1,4 @@
-"""What transformers over places in the plane share: positions, rotations, modulation, dropout, norms and gated layers.
+"""What transformers over places in the plane share: positions, rotations, dropout, norms and gated layers.
 
     LayerNorm  (x - mean) / std        RMSNorm  x / rms        DyT  tanh(alpha x)        each times gamma, plus beta
     SwiGLU     down(silu(a) * b),      (a, b) = up(x)
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midway.gen.networks.elementwise import times
 from midway.gen.training.batches import Context
 from midway.tokenizers.precision import widened
 
@@ -38,11 +39,6 @@ def positions_2d(height: int, width: int, dim: int) -> Tensor:
     """(height * width, dim): half of the channels encode the row, half the column."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.cat([sinusoid(rows.flatten(), dim // 2), sinusoid(columns.flatten(), dim // 2)], dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, W) under shift, scale (B, W)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def drop(x: Tensor, share: float, context: Context | None, purpose: str) -> Tensor:
@@ -121,7 +117,7 @@ def swiglu_width(width: int, ratio: float = 4.0) -> int:
 def swiglu(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     """x (*, W), up W -> 2 H and down H -> W."""
     gate, value = up(x).chunk(2, dim=-1)
-    return down(F.silu(gate) * value)
+    return down(times(F.silu(gate), value))
 
 
 class SwiGLU(nn.Module):

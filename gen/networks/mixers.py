@@ -59,10 +59,13 @@ def linear_attention(
 MIXERS: dict[MixerName, Mixer] = {"softmax": softmax_attention, "linear": linear_attention}
 
 
-def logit_scale(kind: Scale, tokens: int, channels: int) -> float | None:
-    """c for so many tokens and channels of a head; None for 1 / sqrt(channels).
+def logit_scale(kind: Scale, tokens: int, channels: int, base: int) -> float | None:
+    """c for so many tokens and channels of a head, `base` of them at the base of muP; None for 1 / sqrt(channels).
 
-    tokens: sqrt(log(tokens) / log(TOKENS) / channels), by which the entropy of attention depends less on their number (Jin et al.
+    fixed: sqrt(base) / channels, which is 1 / sqrt(channels) at the base (Yang et al. 2022, arXiv 2203.03466, definition 4.1).
+    tokens: times sqrt(log(tokens) / log(TOKENS)), by which the entropy of attention depends less on their number (Jin et al.
     2023, arXiv 2306.08645).
     """
-    return None if kind == "fixed" else math.sqrt(math.log(tokens) / math.log(TOKENS) / channels)
+    if kind == "fixed":
+        return None if base == channels else math.sqrt(base) / channels
+    return math.sqrt(math.log(tokens) / math.log(TOKENS) / channels) * math.sqrt(base / channels)

@@ -46,6 +46,11 @@ class Network(nn.Module, ABC):
     label: nn.Embedding
     more: nn.ModuleDict
 
+    def take(self, block: int) -> None:
+        """Have the hidden tokens be those after this block, counted from 1; 0: as they are. ValueError if there is none."""
+        if block:
+            raise ValueError("blocks of this network cannot be named: use 0, its hidden tokens")
+
     def add_more(self, names: tuple[str, ...]) -> None:
         """Embeddings of further numbers, after everything else was drawn."""
         self.more = nn.ModuleDict({name: number_embedding(self.label.embedding_dim) for name in names})
@@ -64,6 +69,10 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def predict(self, x: Tensor, condition: Tensor, context: Context | None) -> NetworkOutput:
         """For x (B, C, H, W) in the weights' dtype and a condition of each sample."""
+
+    def rate_of(self, name: str) -> float:
+        """The factor of the learning rate of the parameter of this name (gen/training/interface.py)."""
+        return 1.0
 
     def conditions(self, noise_angle: Tensor, labels: Tensor, more: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """(E, B, *): the condition for every noise_angle (E,), with `more` (E,), and every label (B,)."""
