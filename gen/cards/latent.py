@@ -21,9 +21,10 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 
 FOLDER = "model"
 ADAPTER_USAGE = """\
-from midway.gen.diffusion.adapters import Adapter, merged
+from pathlib import Path
 from midway import LatentModel
-model = merged(LatentModel.from_pretrained("base"), Adapter.load("."))"""
+from midway.gen.diffusion.adapters import Adapter, merged
+model = merged(LatentModel.from_pretrained("base"), Adapter.load(Path()))"""
 """Python that adds the adapter of the current folder to the weights of its base."""
 
 

@@ -10,7 +10,7 @@ from midway.gen.networks.adapters import AdapterConfig
 from midway.gen.recipes.generic import UNNAMED
 from midway.gen.training.config import TrainConfig
 
-TRAIN = TrainConfig(steps=1000, batch_size=64, lr=3e-3, decay="cosine", ema=0.99, log_every=100)
+TRAIN = TrainConfig(steps=1000, batch_size=64, lr=1e-2, decay="cosine", ema=0.99, log_every=100)
 
 
 def lora() -> FinetuneTask:
@@ -26,7 +26,7 @@ def lora_plus() -> FinetuneTask:
 
     midway finetune lora-plus --model runs/digits-flow --data path/to/images --out runs/my-adapter
     """
-    return replace(lora(), adapter=AdapterConfig(b_rate=16.0), train=replace(TRAIN, lr=1e-3))
+    return replace(lora(), adapter=AdapterConfig(b_rate=16.0), train=replace(TRAIN, lr=3e-3))
 
 
 def lora_ga() -> FinetuneTask:
@@ -42,7 +42,7 @@ def full() -> FinetuneTask:
 
     midway finetune full --model runs/digits-flow --data path/to/images --out runs/my-model
     """
-    return replace(lora(), method="full", train=replace(TRAIN, lr=1e-3))
+    return replace(lora(), method="full", train=replace(TRAIN, lr=3e-3))
 
 
 FINETUNE_RECIPES = by_name(lora, lora_plus, lora_ga, full)

@@ -95,6 +95,9 @@ def train(task: FinetuneTask) -> Run | None:
     if task.dry_run:
         return dry_run(task)
     accelerator = make_accelerator(task.train, task.out)
+    if task.method == "adapter" and getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        why = "it shards what trains, and adapters are small beside weights that stay"
+        raise UsageError("FSDP with adapters", why, "use DDP (accelerate launch --multi_gpu), or --method full")
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
     model, config = parts.model, {**to_record(task), "origin": to_record(parts.origin)}
     kind = KIND if isinstance(model, AdaptedModel) else "latent_model"

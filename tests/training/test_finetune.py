@@ -17,13 +17,14 @@ from tensors import normal
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run
+from midway.gen.data.images import to_float
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.adapters import AdaptedModel, Adapter, load_adapted, merged
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, origin_of
 from midway.gen.flags.tasks import FinetuneTask
 from midway.gen.networks.adapters import AdapterConfig
 from midway.gen.training.batches import Context, LatentBatch
-from midway.gen.training.optim import make_optimizers, set_rate
+from midway.gen.training.optim import checkpoint_activations, make_optimizers, set_rate
 from midway.gen.trainings import finetune, merge_adapter
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "one_thread")
@@ -106,6 +107,21 @@ def test_only_adapters_and_new_labels_train_and_are_stored(trained: Run, pipelin
     assert load_model(pipeline.model, CPU).hash == base.hash
 
 
+def test_blocks_that_are_computed_again_have_the_same_gradients(
+    pipeline: Pipeline, photos: Path, tmp_path: Path
+) -> None:
+    """Although nothing that trains comes before the first of them."""
+    batch, found = LatentBatch(normal(8, *pipeline.load().model.latent_shape), torch.arange(8) % 3), []
+    for again in (False, True):
+        model = begun(task_of(pipeline, photos, tmp_path / "run"))
+        if again:
+            checkpoint_activations(model)
+        model.train().loss(batch, Context(0, 1, torch.arange(8)))[0].backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_the_second_matrix_learns_faster_by_its_rate(pipeline: Pipeline, photos: Path, tmp_path: Path) -> None:
     """AdamW's first step is the rate in every number that has a gradient: 4 times as much in B as in A."""
     model = begun(task_of(pipeline, photos, tmp_path / "run"))
@@ -159,6 +175,19 @@ def test_a_merged_run_is_a_latent_model(trained: Run, pipeline: Pipeline, tmp_pa
     assert again.hash == whole.hash and again.data == whole.data
     with pytest.raises(UsageError, match="the merged model is made from it"):
         merge_adapter.make(merge_adapter.MergeTask(trained.path, pipeline.model, pipeline.model, overwrite=True))
+
+
+def test_latents_are_standardised_as_those_of_the_model(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Also by the call that encodes the images."""
+    photos, base = other_digits(tmp_path / "new", 30), pipeline.load()
+    for _ in range(2):
+        parts = finetune.make_parts(task_of(pipeline, photos, tmp_path / "run"), Accelerator(cpu=True))
+        for name in ("latent_mean", "latent_std"):
+            assert torch.equal(getattr(parts.tokenizer, name), getattr(base.tokenizer, name))
+        assert parts.items.augment is not None
+        found = parts.items.augment(parts.items.read(torch.arange(9)), Context(0, 0, torch.arange(9)))
+        expected = base.tokenizer.encode_latents(to_float(parts.images.images[:9]))
+        torch.testing.assert_close(found.latents, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_all_weights_are_trained_into_a_latent_model(pipeline: Pipeline, photos: Path, tmp_path: Path) -> None:
