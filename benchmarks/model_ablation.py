@@ -3,7 +3,7 @@
     python benchmarks/model_ablation.py --data digits --folder runs/ablation-digits --json benchmarks/results/ablation_digits.json
     python benchmarks/model_ablation.py --data mnist5k --steps 800 --folder runs/ablation-mnist5k
         --json benchmarks/results/ablation_mnist5k.json
-    python benchmarks/model_ablation.py --variants dit2023 align align-conv --steps 500 --n 500 --nfe 12
+    python benchmarks/model_ablation.py --variants dit2023 align --steps 500 --n 500 --nfe 12
         --folder runs/ablation-align --json benchmarks/results/ablation_align.json
 
 1. One tokenizer (midway train tokenizer), then for every training seed every variant below (midway train latent) at a constant
