@@ -49,6 +49,7 @@ TOOLS = {
     "data check": Command("commands.data", "look at images before training on them", True, "check_command"),
     "data build": Command("commands.data", "a set larger than memory, in few large files", True, "build_command"),
     "import-tokenizer": Command("commands.import_tokenizer", "an autoencoder of diffusers", True),
+    "import-model": Command("trainings.import_model", "weights of DiT, SiT, LightningDiT, diffusers", True),
     "merge-adapter": Command("trainings.merge_adapter", "a latent model with an adapter added to its weights", True),
     "posthoc-ema": Command("commands.posthoc_ema", "averages of other lengths, after training", True),
     "verify-resume": Command("commands.verify_resume", "check that resuming a run is exact"),
