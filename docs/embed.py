@@ -13,6 +13,7 @@ picture. Of a file in benchmarks/results it is the table of its rows.
 
 import csv
 import json
+import math
 import os
 import shutil
 import statistics
@@ -27,6 +28,7 @@ from midway.gen.evaluation.comparing import by_solver, few_step, question
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.evaluation.records import FLOOR, LIMITS, TO_EXACT, Measurement, from_record
 from midway.gen.proving.report import FIGURES, SHOWN, Result, figure_table, order_table, read_result, summary
+from midway.gen.report.drawing import PNG_DPI, WIDE, dress, legend_below, look, new_figure, place
 from midway.gen.report.likelihood import likelihood_table
 from midway.gen.report.plots import distance_png
 from midway.gen.report.sweep import captioned, headline_tables
@@ -64,7 +66,9 @@ def embed(page: Path, name: str, report: Path) -> None:
     if begin not in text or end not in text:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     if report.is_file():
-        return _replace(page, name, benchmark_block(json.loads(report.read_text())))
+        found = json.loads(report.read_text())
+        drawn = f"\n{rates_picture(page, name, found['rows'])}\n" if "best" in found else ""
+        return _replace(page, name, benchmark_block(found) + drawn)
     if (report / "results.json").exists():
         return _replace(page, name, models_block(report))
     if (report / "rmse_vs_nfe.png").exists():
@@ -99,6 +103,9 @@ def sweep_picture(page: Path, name: str, measurements: list[Measurement]) -> str
 
 
 COLUMNS: dict[str, dict[str, str]] = {
+    "peer_parameters": {"": "{name}", "ours": "{ours:,.0f} ms", "parameters": "{parameters:,}"}
+    | {"theirs": "{peer:,.0f} ms", "their parameters": "{peer_parameters:,}", "rate": "{ratio:.2f}"}
+    | {"quartiles": "{quartiles[0]:.2f} to {quartiles[1]:.2f}", "aimed at": "{target}"},
     "ratio": {"": "{name}", "beside": "{peer_name}", "ours": "{ours:.3g}", "theirs": "{peer:.3g}"}
     | {"unit": "{unit}", "rate": "{ratio:.2f}", "aimed at": "{target}"},
     "resident": {
@@ -124,6 +131,12 @@ def benchmark_block(found: dict[str, Any]) -> str:
         return priors_block(found)
     if "head_nfe" in rows[0]:
         return token_head_block(found)
+    if "variant" in rows[0]:
+        return variants_block(found)
+    if "mup" in rows[0]:
+        return rates_block(found)
+    if "finetuned" in rows[0]:
+        return finetuning_block(found)
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
     if kind is None:
         return ablation_block(rows)
@@ -230,6 +243,106 @@ def priors_block(found: dict[str, Any]) -> str:
         f"{held[0]} of {of[0]} times; its bits are below those of independent positions {held[1]} of {of[1]} times."
     )
     return "\n".join([*parts, f"{facts}\n"])
+
+
+def variants_block(found: dict[str, Any]) -> str:
+    """Distances of benchmarks/model_ablation.py by variant, at equal steps and at equal seconds, one table a feature space."""
+    rows, axes = found["rows"], {"steps": "steps", "seconds": "seconds of training"}
+    base = rows[0]["step_seconds"]
+    parts = []
+    for metric, features in found["features"].items():
+        lines = ["| | beside | a step | " + " | ".join(f"equal {name}" for name in axes.values()) + " |"]
+        lines.append("| --- | --- | ---: |" + " --- |" * len(axes))
+        for row in rows:
+            cells = [_variant(row["cells"][f"{axis} {metric}"]) for axis in axes]
+            label, beside = f"`{row['variant']}`: {row['text']}", f"`{row['beside']}`" if row["beside"] else ""
+            lines.append(f"| {label} | {beside} | {row['step_seconds'] / base:.2f} | {' | '.join(cells)} |")
+        limits = ", ".join(f"{name} {values[metric]:.3g}" for name, values in found["limits"].items())
+        parts.append(f"Fréchet distance (`{features}`), {limits}\n\n" + "\n".join(lines) + "\n")
+    seeds, steps = len(found["training_seeds"]), rows[0]["stops"]["steps"]
+    facts = (
+        f"{found['data']}, {found['tokens']} tokens; {steps:,} steps of `{rows[0]['variant']}`, a step of which takes "
+        f"{1000 * base:.3g} ms on a thread; means over {seeds} trainings, in brackets the difference to what it is beside, with "
+        f'its 95 % interval, "=" within it; n = {found["n"]} images, seeds {found["seeds"]}, NFE {found["nfe"]}, reference '
+        f"`{found['reference']}`."
+    )
+    return "\n".join([*parts, f"{facts}\n"])
+
+
+def _variant(cell: dict[str, Any]) -> str:
+    """Mean, and the difference to what the variant was added to, bold where it is beyond its interval."""
+    if "difference" not in cell:
+        return f"{cell['mean']:.3g}"
+    half = "" if cell["interval"] is None else f" ± {cell['interval']:.2g}"
+    shown = f"{cell['mean']:.3g} ({cell['difference']:+.2g}{half})"
+    return (
+        f"{shown} ="
+        if cell["verdict"] == "="
+        else f"**{shown}**"
+        if cell["verdict"] == "better"
+        else f"{shown} {cell['verdict']}"
+    )
+
+
+def finetuning_block(found: dict[str, Any]) -> str:
+    """Distances of benchmarks/finetuning.py in two feature spaces, and what each training took."""
+    first, least = found["rows"][0], {}
+    other = next(name for name in first if name.endswith("_distance") and not name.startswith("floor_"))
+    for name in ("distance", other):
+        least[name] = min(row[name] for row in found["rows"])
+    lines = [
+        f"| | rate | parameters that train | stored | seconds | distance | {other.removesuffix('_distance')} |",
+        "| --- " + "| ---: " * 6 + "|",
+    ]
+    for row in found["rows"]:
+        cells = [f"{row[name]:.3g} ± {row[f'{name}_error']:.2g}" for name in least]
+        cells = [f"**{cell}**" if row[name] == least[name] else cell for name, cell in zip(least, cells, strict=True)]
+        took = [f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['bytes'] / 1000:,.0f} kB", f"{row['seconds']:.0f}"]
+        lines.append(
+            f"| {row['finetuned']} | {' | '.join(took if row['steps'] else ['', '', '', ''])} | {' | '.join(cells)} |"
+        )
+    floor = " | ".join(f"{first[f'floor_{name}']:.3g}" for name in least)
+    lines.append(f"| floor | | | | | {floor} |")
+    facts = (
+        f"{found['rows'][-1]['steps']} steps, one training each; n = {first['n']} images per block, {first['blocks']} blocks; "
+        f"features `{first['features']}` and `{first['further']}`, reference `{first['reference']}`; {found['hardware']}."
+    )
+    return "\n".join(lines) + f"\n\n{facts}\n"
+
+
+def rates_block(found: dict[str, Any]) -> str:
+    """Losses of benchmarks/mup.py by width and learning rate, with muP and without, the least of each line bold."""
+    rates = sorted({row["rate"] for row in found["rows"]})
+    lines = ["| | width | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |"]
+    lines.append("| --- | ---: |" + " ---: |" * len(rates))
+    for line in found["best"]:
+        own = {
+            row["rate"]: row["loss"]
+            for row in found["rows"]
+            if (row["mup"], row["width"]) == (line["mup"], line["width"])
+        }
+        cells = [f"**{own[rate]:.3f}**" if rate == line["rate"] else f"{own[rate]:.3f}" for rate in rates]
+        lines.append(f"| {'muP' if line['mup'] else 'without'} | {line['width']} | {' | '.join(cells)} |")
+    facts = f"Loss by learning rate; {found['data']}, {found['steps']} steps, training seed {found['seed']}, {found['hardware']}."
+    return "\n".join(lines) + f"\n\n{facts}\n"
+
+
+def rates_picture(page: Path, name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Draw docs/images/<name>.png, loss against learning rate by width; the link to it from the page."""
+    figure = new_figure(height=360)
+    for index, mup in enumerate((True, False)):
+        half = WIDE / 2 - 10
+        axes = place(figure, left=62 + index * half, right=14 + (1 - index) * half, bottom=88)
+        for i, width in enumerate(sorted({row["width"] for row in rows})):
+            line = sorted((row["rate"], row["loss"]) for row in rows if (row["mup"], row["width"]) == (mup, width))
+            axes.plot(*zip(*line), label=f"width {width}", markersize=6, **look(i))
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(min(row["loss"] for row in rows) - 0.02, 1.02)
+        dress(axes, "learning rate", "loss" if mup else "", "muP" if mup else "without")
+    legend_below(figure, figure.axes[0], columns=4)
+    picture = Path(__file__).parent / "images" / f"{name}.png"
+    figure.savefig(picture, dpi=PNG_DPI)
+    return f"![Loss against learning rate by width]({os.path.relpath(picture, page.parent)})"
 
 
 def _by_figure(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -35,6 +35,7 @@ from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags,
 from midway.gen.flags.evaluation_inputs import (
     budgets_of,
     check_rows,
+    check_teachers,
     classes_of,
     defaults_of,
     jobs_beside,
@@ -99,6 +100,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     extractors = open_spaces(task, data, "the model" if main else "the reference")
     check_reference(task, extractors)
     few_step = open_few_step(task, trained, data, device)
+    check_teachers(extractors, [trained, *repeats, *few_step.values()])
     priors = open_priors(task, main, data, device)
     splits = splits_of(main.run, data) if main else load_splits(data)
     for extractor in extractors:

@@ -25,7 +25,7 @@ from midway.gen.data.places import DataPathFlag, changed_since, images_at, split
 from midway.gen.data.splits import DataConfig, Splits
 from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.likelihood import LikelihoodConfig
-from midway.gen.diffusion.load import load_model
+from midway.gen.diffusion.load import check_apart, load_model, recorded_origin
 from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.evaluation.compared import load_alike
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, levels_in_data
@@ -99,6 +99,9 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     first = next(iter(models.values()))
     data = images_at(first.run, task.data_path)
     features = find_features(task, data)
+    if features is not None:
+        for name, trained in models.items():
+            check_apart(name, recorded_origin(trained.run).aligned, features.name)
     splits = splits_of(first.run, data)
     state = unfinished(*task.models, task.features)
     subject = balanced_subject(splits.held_out, task.n)

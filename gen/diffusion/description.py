@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.files import state_hash
 from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
+from midway.gen.diffusion.inputs import Inputs
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.unet import UNetConfig
 from midway.gen.objectives.jump_config import JumpConfig, Objective, check_jumps, own_solver
@@ -54,7 +55,7 @@ class LatentModelConfig:
     target: Target = "velocity"
     """What the network predicts."""
     time: Density = "logit_normal"
-    """How noise levels are drawn in training."""
+    """How noise levels are drawn in training; of models that jump both ends of a jump, of shortcut those of its flow share."""
     time_mean: float = 0.0
     """Mean of log rho for logit_normal."""
     time_std: float = 1.0
@@ -62,12 +63,18 @@ class LatentModelConfig:
     time_mode: float = 1.29
     """Scale of mode: above 0 the middle noise levels are drawn more often, below 0 the ends."""
     time_shift: Literal["auto"] | float = 1.0
-    """Factor of the noise levels drawn. auto: the root of a latent's number of values by 4096."""
+    """Factor of the noise levels that `time` draws. auto: the root of a latent's number of values by 4096."""
     weight: Weighting = "own"
     """Weight of the squared errors by the noise level: own, that of the target; velocity, as if the target were the velocity;
-    min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less."""
+    min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less; learned, one over their mean at the
+    noise level."""
     min_snr_gamma: float = 5.0
     """gamma of min_snr."""
+    scales: int = 1
+    """Resolutions of latents whose squared errors are added, each half of the one before; 1: the latents alone."""
+    direction: float = 0.0
+    """Weight of the error in direction, which is added: 1 - the cosine between the velocities of prediction and truth, over
+    channels."""
     conditional: bool = True
     """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
     label_dropout: float = 0.1
@@ -83,17 +90,30 @@ class LatentModelConfig:
     network: Literal["dit", "unet"] = "dit"
     """A transformer, or diffusers' U-Net."""
     unet: UNetConfig = field(default_factory=UNetConfig)
+    inputs: Inputs = "own"
+    """What the network gets and predicts. own: the angle of the noise level, and states and targets scaled to unit variance. Of
+    imported networks, with states and targets as they are: ddpm, a timestep; sit, 1 - t."""
 
     def __post_init__(self) -> None:
         check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
-        check_ranges(self, time_mode=MODE_SCALES, min_snr_gamma=POSITIVE)
+        check_ranges(self, time_mode=MODE_SCALES, min_snr_gamma=POSITIVE, scales=(1, 10), direction=(0, 1e6))
         if self.time_shift != "auto":
             check_ranges(self, time_shift=(1e-3, 1e3))
         for name, value, plain in (("dit", self.dit, DiTConfig()), ("unet", self.unet, UNetConfig())):
             if name != self.network and value != plain:
                 raise ValueError(f"settings of {name} have no effect with network {self.network}: drop them")
+        check_inputs(self.inputs, self.schedule, self.is_jump)
+        for name, of, chosen in (("time_mode", "mode", self.time), ("min_snr_gamma", "min_snr", self.weight)):
+            value, plain = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if chosen != of and value != plain:
+                raise ValueError(f"{name} {value} has no effect with {chosen}: it is of {of}; drop one of the two")
         if self.is_jump:
             check_jumps(self.objective, self.jump, self.schedule, self.target)
+            if self.scales != 1 or self.direction:
+                raise ValueError(
+                    f"scales and direction are of flow models, and objective {self.objective} has an error of its own: drop "
+                    "--model.scales and --model.direction"
+                )
             if self.weight != "own":
                 raise ValueError(
                     f"weight {self.weight} is of flow models, and objective {self.objective} has weights of its own "
@@ -127,6 +147,15 @@ class LatentModelConfig:
     def make_schedule(self) -> Schedule:
         """The schedule this names."""
         return SCHEDULES[self.schedule]()
+
+
+def check_inputs(inputs: Inputs, schedule: str, is_jump: bool) -> None:
+    """ValueError for networks of others on another process than theirs, and for ones that jump."""
+    theirs = {"ddpm": "vp", "sit": "linear"}.get(inputs, schedule)
+    if schedule != theirs:
+        raise ValueError(f"inputs {inputs} are of networks on schedule {theirs}, not {schedule}: change one of the two")
+    if is_jump and inputs != "own":
+        raise ValueError(f"inputs {inputs} are of networks at one time, which do not jump: use objective flow")
 
 
 @dataclass(frozen=True)

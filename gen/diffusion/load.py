@@ -6,6 +6,7 @@ latent model run   checkpoints/step-N/model.json, model.safetensors, ema.safeten
 features run       checkpoints/step-N/features.safetensors
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 from torch import nn
 
 from midway.gen.core import checkpoints
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.loss import evaluations_of
 from midway.gen.diffusion.model import LatentModel
+from midway.gen.features.extractor import weights_of
 from midway.gen.progress.finished import progress_of
 from midway.gen.training.config import TrainConfig
 from midway.samplers.learned_solver import LEARNED as AMED
@@ -40,6 +42,10 @@ BEST = "best"
 """The grid of a learned solver that began on whichever grid was nearest to the teacher."""
 LEARNED = (TABLE, *RESIDUALS, NOISY, *AMED)
 """Names of all solvers that can be learned."""
+
+
+TRAINED_ONLY = "alignment."
+"""Weights in a checkpoint that its training alone has."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,13 @@ class Origin:
     """The pairs of noise and samples that it learned from, in place of images."""
     images: int = 0
     evaluations: int = 0
+    aligned: tuple[str, ...] = ()
+    """Names of the feature networks that hidden tokens were aligned with, its own or those of what it was made from."""
 
     def __add__(self, other: "Origin") -> "Origin":
         hashes = self.init or other.init, self.teacher or other.teacher, self.pairs or other.pairs
-        return Origin(*hashes, self.images + other.images, self.evaluations + other.evaluations)
+        aligned = tuple(dict.fromkeys((*self.aligned, *other.aligned)))
+        return Origin(*hashes, self.images + other.images, self.evaluations + other.evaluations, aligned)
 
 
 NOTHING = Origin()
@@ -84,10 +93,26 @@ NOTHING = Origin()
 def origin_of(trained: TrainedModel) -> Origin:
     """What a trained model took, with all that it was made from."""
     run = trained.run
-    before = run.part("origin", Origin) if "origin" in run.config else NOTHING  # not in older runs
+    before = recorded_origin(run)
     images = int(run.checkpoint.name.removeprefix("step-")) * run.part("train", TrainConfig).batch_size
     passes = evaluations_of(trained.model.config, bool(before.teacher))
-    return Origin(images=before.images + images, evaluations=before.evaluations + round(images * passes))
+    evaluations = before.evaluations + round(images * passes)
+    return Origin(images=before.images + images, evaluations=evaluations, aligned=before.aligned)
+
+
+def recorded_origin(run: Run) -> Origin:
+    """What a run says that its model was made from; older runs say nothing."""
+    return run.part("origin", Origin) if "origin" in run.config else NOTHING
+
+
+def check_apart(name: str, aligned: Sequence[str], features: str) -> None:
+    """UsageError for the network of these features, if the model `name` was aligned with its weights."""
+    if weights_of(features) in map(weights_of, aligned):
+        raise UsageError(
+            f"{name} cannot be measured by {features}",
+            "its hidden tokens were aligned with this network, so that the distance would be what it was trained for",
+            "measure it in another feature space with --features, or train with another --align.teacher",
+        )
 
 
 def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokenizer, DataConfig]:
@@ -122,6 +147,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
             read_text(file),
             read_tensors(averaged if averaged.exists() else folder / "model.safetensors"),
         )
+        state = {name: value for name, value in state.items() if not name.startswith(TRAINED_ONLY)}
         model = LatentModel.built(text, state, file, retrain)
         if model.latent_shape != tokenizer.latent_shape:
             raise ValueError(
@@ -148,8 +174,19 @@ class Posthoc:
     step: int
 
 
+@dataclass(frozen=True)
+class Source:
+    """What midway import-model writes into config.yaml: whose names the weights had, their file and its hash."""
+
+    layout: str
+    file: str
+    sha256: str
+
+
 def which_weights(run: Run, averaged: bool) -> str:
     """`averaged` by what, or `newest`."""
+    if "imported" in run.config:
+        return f"imported from {run.part('imported', Source).file}"
     if "posthoc" in run.config:
         return f"averaged post hoc, width {run.part('posthoc', Posthoc).std}"
     return f"averaged, EMA {run.part('train', TrainConfig).ema}" if averaged else "newest"

@@ -4,7 +4,8 @@ The objectives of jumps are in gen/objectives/jumps.py. All are a regression of 
 
     loss = mean of w L,   L = mean square of (u - target) / unit,   w = sg (L + offset)^-power,   unit = |velocity| of unit data
 
-u is computed by the network as it is wrapped, so that processes share its gradients; targets by its weights alone.
+u is computed by the network as it is wrapped, so that processes share its gradients; targets by its weights alone. Where hidden
+tokens are aligned with features, that term (gen/objectives/alignment.py) is added.
 """
 
 from dataclasses import dataclass, replace
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from midway.gen.diffusion.description import LatentModelConfig
-from midway.gen.diffusion.field import Denoiser, noise_angle
-from midway.gen.objectives import jumps
+from midway.gen.diffusion.field import Denoiser
+from midway.gen.diffusion.inputs import noise_angle
+from midway.gen.objectives import errors, jumps
 from midway.gen.objectives.jump_config import DERIVATIVE
 from midway.gen.objectives.weights import weight
 from midway.gen.training.batches import Context, LatentBatch
-from midway.samplers.prediction import Target, expand, target_coefficients
+from midway.samplers.prediction import Target, expand, solve, target_coefficients
 from midway.samplers.schedule import Schedule
 from midway.tokenizers.losses import mean
 from midway.tokenizers.precision import widened
@@ -48,19 +50,40 @@ def draws(model: Denoiser, batch: LatentBatch, context: Context, *times: str) ->
 
 
 def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean of weighted squared errors of the unit-variance target (gen/objectives/weights.py).
+    """Mean of weighted squared errors of the unit-variance target (gen/objectives/weights.py, errors.py).
 
     Logged: sum and count of the errors without weights by time bucket (`loss_time_0` .. `loss_time_7`).
     """
     drawn = draws(model, batch, context, "time")
     t = model.time_of(drawn.times[0])
     x_t, target = noised(model.schedule, model.config.target, t, drawn.x0, drawn.eps)
-    output, _ = model.forward_network(x_t, t, drawn.labels, context)
-    error = (widened(output) - target).square().flatten(1).mean(1)
+    output, hidden = model.forward_network(x_t, t, drawn.labels, context)
+    prediction = widened(output)
+    error = (prediction - target).square().flatten(1).mean(1)
     angle = noise_angle(model.schedule.alpha(t), model.schedule.sigma(t))
     config = model.config
-    weighted = error * weight(config.weight, config.target, model.schedule, t, config.min_snr_gamma)
-    return mean(weighted), {"loss_time": loss_by_time(error.detach(), angle)}
+    trained = error if config.scales == 1 else errors.multiscale(prediction, target, config.scales)
+    weighted = trained * weight(config.weight, config.target, model.schedule, t, config.min_snr_gamma)
+    if model.level is not None:
+        u = model.level(model.schedule.rho(t))
+        weighted = weighted * (-u).exp() + u
+    if config.direction:
+        value = prediction * expand(model.output_scale(t), prediction)
+        found = solve(value, config.target, x_t, t, model.schedule)
+        v, velocity = (velocity_at(model.schedule, t, *pair) for pair in ((found.x0, found.eps), (drawn.x0, drawn.eps)))
+        weighted = weighted + config.direction * errors.direction(v, velocity)
+    return aligned(model, hidden, batch, context, mean(weighted), {"loss_time": loss_by_time(error.detach(), angle)})
+
+
+def aligned(
+    model: Denoiser, hidden: Tensor, batch: LatentBatch, context: Context, loss: Tensor, logs: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and logs, with the alignment of hidden tokens (B, N, W) where the model has one: its mean cosine is `alignment`."""
+    if model.alignment is None:
+        return loss, logs
+    assert batch.features is not None
+    term, cosines = model.alignment(hidden, batch.features, context.step)
+    return loss + term, {**logs, "alignment": cosines}
 
 
 def noised(schedule: Schedule, target: Target, t: Tensor, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +92,12 @@ def noised(schedule: Schedule, target: Target, t: Tensor, x0: Tensor, eps: Tenso
     a, b = target_coefficients(target, t, schedule)
     unit = (a.square() + b.square()).sqrt()
     return expand(alpha, x0) * x0 + expand(sigma, x0) * eps, expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
+
+
+def velocity_at(schedule: Schedule, t: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    """dx_t / dt (B, *) at t (B,)."""
+    d_alpha, d_sigma = schedule.rates(t)
+    return expand(d_alpha, x0) * x0 + expand(d_sigma, x0) * eps
 
 
 def loss_by_time(error: Tensor, angle: Tensor) -> Tensor:
@@ -102,18 +131,24 @@ class Jumps:
 
     def average(self, z: Tensor, t: Tensor, r: Tensor, wrapped: bool = False, labelled: bool = True) -> Tensor:
         """u (B, C, H, W) of these samples at other states and times; the dropout masks are those of the step."""
+        return self.passed(z, t, r, wrapped, labelled)[0]
+
+    def passed(
+        self, z: Tensor, t: Tensor, r: Tensor, wrapped: bool = False, labelled: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """`average`, and the hidden tokens (B, N, W)."""
         model = self.model
         labels = self.labels if labelled else model.null_labels(self.labels)
         guidance = self.guidance if labelled else torch.ones_like(self.guidance)
-        output, _ = model.forward_network(z, t, labels, self.context, r, guidance, bare=not wrapped)
-        return widened(output) * expand(model.output_scale(t), z)
+        output, hidden = model.forward_network(z, t, labels, self.context, r, guidance, bare=not wrapped)
+        return widened(output) * expand(model.output_scale(t), z), hidden
 
 
 def jump_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted error of average velocities; logs have the error itself, `error`, also by time."""
     config = model.config
     made = states(model, batch, context)
-    u = made.average(made.z, made.t, made.r, wrapped=True)
+    u, hidden = made.passed(made.z, made.t, made.r, wrapped=True)
     with torch.no_grad():
         target = target_of(made, u.detach())
     unit = expand(model.output_scale(made.t), u)
@@ -121,7 +156,8 @@ def jump_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Te
     weight = jumps.adaptive_weight(error, config.jump.power(config.objective), config.jump.weight_offset)
     angle = noise_angle(model.schedule.alpha(made.t), model.schedule.sigma(made.t))
     seen = error.detach()
-    return mean(weight * error), {"error": mean(seen), "loss_time": loss_by_time(seen, angle)}
+    logs = {"error": mean(seen), "loss_time": loss_by_time(seen, angle)}
+    return aligned(model, hidden, batch, context, mean(weight * error), logs)
 
 
 def states(model: Denoiser, batch: LatentBatch, context: Context) -> Jumps:
@@ -134,11 +170,7 @@ def states(model: Denoiser, batch: LatentBatch, context: Context) -> Jumps:
     scale = config.jump.guidance ** drawn.times[2].to(t)  # log-uniform on [1, greatest]
     guidance = torch.where(drawn.labels < model.classes, scale, 1.0)
     with torch.no_grad():
-        if model.teacher is not None:
-            v = model.teacher(z, t, drawn.labels)
-        else:
-            d_alpha, d_sigma = schedule.rates(t)
-            v = expand(d_alpha, x0) * x0 + expand(d_sigma, x0) * eps
+        v = model.teacher(z, t, drawn.labels) if model.teacher is not None else velocity_at(schedule, t, x0, eps)
         made = Jumps(model, z, t, r, v, drawn.labels, guidance, context)
         if config.jump.guidance == 1:
             return made

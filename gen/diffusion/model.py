@@ -17,27 +17,33 @@ Times are drawn by noise levels, or so that t is uniform on the sampling range (
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from midway.gen.core.files import state_hash
 from midway.gen.diffusion.description import DescribedModel, Description, LatentModelConfig
-from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, noise_angle, pool
+from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, pool
+from midway.gen.diffusion.inputs import network_time, noise_angle, noise_levels
 from midway.gen.diffusion.loss import flow_loss, jump_loss
 from midway.gen.networks.dit import DiT
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.network import Network
 from midway.gen.networks.unet import UNet, UNetConfig
 from midway.gen.objectives import times
+from midway.gen.objectives.errors import check_errors
 from midway.gen.objectives.jump_config import check_jump_guidance
+from midway.gen.objectives.weights import LossLevel
 from midway.gen.training.batches import Context, LatentBatch
-from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
 from midway.samplers.guidance_checks import TrainedOn, check_guide, check_interval, check_labels, check_scale
 from midway.samplers.prediction import ONE_TIME, Field, Prediction, expand, solve, target_coefficients
 from midway.samplers.schedule import Schedule
 from midway.tokenizers.hub import card_of
+
+if TYPE_CHECKING:
+    from midway.gen.objectives.alignment import Alignment
 
 EVERYWHERE = (0.0, math.inf)
 
@@ -89,14 +95,19 @@ class LatentModel(DescribedModel):
         class_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        check_errors(config.scales, config.direction, latent_shape)
         self.config, self.latent_shape = config, latent_shape
         self.classes = classes if config.conditional else 0  # label `classes` means "no class"
         self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())
         self.schedule = config.make_schedule()
         self.network = make_network(config.size, latent_shape, self.classes, config.further)
         self.feature_dim = self.network.feature_dim
+        self.level = LossLevel() if config.weight == "learned" else None
+        """Of training alone."""
         self.teacher: Velocity | None = None
         """Whose velocity takes the place of the samples' own in training."""
+        self.alignment: Alignment | None = None
+        """What hidden tokens are aligned with in training; no part of a model that was loaded."""
         if config.dequantise:
             self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))
             self.half_cell: Tensor
@@ -123,7 +134,12 @@ class LatentModel(DescribedModel):
     @property
     def time_range(self) -> tuple[float, float]:
         """The least and the greatest time that is trained, and that grids sample."""
-        return _range(self.schedule)
+        return _range(self.schedule, *self.noise_levels)
+
+    @property
+    def noise_levels(self) -> tuple[float, float]:
+        """(rho_min, rho_max) on which the network is trained, within those of grids."""
+        return noise_levels(self.config.inputs)
 
     def forward_network(
         self,
@@ -146,7 +162,10 @@ class LatentModel(DescribedModel):
             self.network._call_impl if bare else self.network
         )  # hooks act: they gather the parts of a sharded network
         more = self.further(t, t if r is None else r, guidance)
-        return network(x / expand(scale, x), noise_angle(alpha, sigma), labels, context, more=more)
+        inputs = self.config.inputs
+        state, clock = x if inputs != "own" else x / expand(scale, x), network_time(inputs, t, alpha, sigma)
+        value, hidden = network(state, clock, labels, context, more=more)
+        return value if inputs == "own" else value / expand(self.output_scale(t), value), hidden
 
     def further(self, t: Tensor, r: Tensor, guidance: Tensor | float | None = None) -> dict[str, Tensor]:
         """What a network of jumps gets beside the time, for t, r and guidance scales (B,) or one of all; {} of another."""
@@ -161,11 +180,21 @@ class LatentModel(DescribedModel):
         """The scalar to minimise, and what to log (loss.py)."""
         return (jump_loss if self.config.is_jump else flow_loss)(self, batch, context)
 
+    def align(self, alignment: "Alignment") -> None:
+        """Have training align hidden tokens. ValueError for a block that there is not."""
+        self.network.take(alignment.config.block)
+        self.alignment = alignment
+
     def pixels(self, x0: Tensor, context: Context) -> Tensor:
         """x0, with `dequantise` each pixel uniform on the bin of its level: value (2 u - 1) / (levels - 1) around it."""
         if not self.config.dequantise:
             return x0
         return x0 + (2 * context.uniform("dequantise", x0.shape[1:]).to(x0) - 1) * self.half_cell
+
+    def rate_of(self, name: str) -> float:
+        """The factor of the learning rate of the parameter of this name."""
+        inner = name.removeprefix("network.")
+        return self.network.rate_of(inner) if inner != name else 1.0
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
@@ -249,6 +278,6 @@ def make_network(
 
 
 @lru_cache
-def _range(schedule: Schedule) -> tuple[float, float]:
-    low, high = schedule.time_of_rho(torch.tensor([RHO_MIN, RHO_MAX], dtype=torch.float64)).tolist()
+def _range(schedule: Schedule, rho_min: float, rho_max: float) -> tuple[float, float]:
+    low, high = schedule.time_of_rho(torch.tensor([rho_min, rho_max], dtype=torch.float64)).tolist()
     return low, high

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.data.pixels import Images
-from midway.gen.diffusion.load import TrainedModel, origin_of
+from midway.gen.diffusion.load import TrainedModel, origin_of, recorded_origin
 from midway.gen.diffusion.sampler_checks import check_guidance
 from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, learned_for, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
@@ -193,7 +193,9 @@ class EvaluatedLatentModel(EvaluatedModel):
         network += f", objective {config.objective}" if config.is_jump else ""
         tiles = self.trained.tokenizer.tiles
         tiled = "" if tiles is None else f"; decoded in tiles of {tiles[0]} pixels, margin {tiles[1]}"
-        return f"{self.trained.hash}: {network}; weights {self.trained.weights}{tiled}"
+        teachers = ", ".join(recorded_origin(self.trained.run).aligned)
+        aligned = f"; hidden tokens aligned with {teachers}" if teachers else ""
+        return f"{self.trained.hash}: {network}; weights {self.trained.weights}{tiled}{aligned}"
 
     @property
     def facts(self) -> ModelFacts:

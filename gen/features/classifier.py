@@ -4,6 +4,8 @@
     h = 3 x [conv 3x3, group norm, SiLU, conv 3x3 stride 2, group norm, SiLU],   channels width, 2 width, 4 width
     features = SiLU(W1 mean_space(h) + b1)  (dim),     logits = W2 features + b2  (classes)
 
+Its feature map is what enters the last halving: 4 width channels at a quarter of the images' side.
+
 Retraining changes every distance, so the name of a feature network contains a hash of its weights: `cnn-digits@3fa2c1ab90de`.
 Features are computed in blocks of 256 images (extractor.py).
 """
@@ -12,7 +14,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from safetensors.torch import save
@@ -25,7 +27,7 @@ from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomic
 from midway.gen.core.ranges import WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.data.pixels import Images
-from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
+from midway.gen.features.extractor import Activations, Extractor, in_blocks, map_in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
 from midway.tokenizers.losses import mean
 from midway.tokenizers.weights import building, load_weights
@@ -97,6 +99,7 @@ class FeatureNetwork(Extractor):
         )
         self.embed = nn.Sequential(nn.Linear(4 * width, config.dim), nn.SiLU())
         self.classify = nn.Linear(config.dim, config.classes)
+        self.map_channels = 4 * width
 
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features (B, dim) of float images x (B, C, H, W) in [-1, 1]."""
@@ -104,12 +107,20 @@ class FeatureNetwork(Extractor):
 
     def activations(self, images: Tensor) -> Activations:
         """Features and their class logits; as `features`."""
+        self._need(images)
+        return in_blocks(images, BLOCK, self.classify.weight.device, self._block_activations)
+
+    @torch.no_grad()
+    def feature_map(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        self._need(images)
+        return map_in_blocks(images, BLOCK, self.classify.weight.device, self._block_map)
+
+    def _need(self, images: Tensor) -> None:
         if not self._takes(images):
             raise ValueError(
                 f"features need uint8 images (B, {', '.join(map(str, self.image_shape))}), not {images.dtype} "
                 f"{tuple(images.shape)}: convert floats with midway.gen.data.images, and use a feature network of this size"
             )
-        return in_blocks(images, BLOCK, self.classify.weight.device, self._block_activations)
 
     def check(self, images: Images, what: str = "the images are") -> None:
         """DataError unless these are uint8 images (N, C, H, W) of the network's shape; `what` names their source."""
@@ -126,6 +137,10 @@ class FeatureNetwork(Extractor):
     def _block_activations(self, images: Tensor) -> Activations:
         features = self(to_float(images))
         return Activations(features, self.classify(features))
+
+    def _block_map(self, images: Tensor) -> Tensor:
+        last = cast(nn.Sequential, self.stages[2])
+        return last[:3](self.stages[:2](to_float(images)))
 
     def loss(self, batch: ImageBatch, context: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy (nats) and its logs, with the accuracy in [0, 1]."""

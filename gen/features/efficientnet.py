@@ -6,6 +6,9 @@
 Tan and Le, arXiv:1905.11946, without squeeze-and-excitation and with ReLU6 (the Lite variant). resize_32 is bicubic with
 antialiasing and without rounding; other aspect ratios are stretched. Padding is TensorFlow's "same": the odd pixel is at the end.
 
+The feature map has 112 channels at a sixteenth of the side, after the last blocks of that stride, of images resized so that it
+has the rows and columns wanted.
+
 The weights are a file in a package of the registry (`Published.package`), which is read and never imported. The side is small
 on purpose: an image takes about a millisecond of one core, and on principal axes (reference.py) the distance answers to damage
 as at larger sides (docs/measuring.md).
@@ -55,6 +58,8 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 """Blocks, kernel, stride of the first block, expansion, channels: table 1 of the paper."""
+MAPPED, STRIDE = 5, 16
+"""Stages before the feature map, and pixels a side of each of its places."""
 
 
 class Conv(nn.Conv2d):
@@ -108,6 +113,11 @@ class Network(nn.Module):
         self._blocks = nn.Sequential(*blocks)
         self._conv_head, self._bn1 = Conv(channels, 1280, 1, bias=False), _norm(1280)
 
+    def places(self, x: Tensor) -> Tensor:
+        """The feature map (B, 112, ceil(H / 16), ceil(W / 16))."""
+        count = sum(blocks for blocks, *_ in STAGES[:MAPPED])
+        return self._blocks[:count](F.relu6(self._bn0(self._conv_stem(x))))
+
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, 1280)."""
         y = self._blocks(F.relu6(self._bn0(self._conv_stem(x))))
@@ -118,6 +128,7 @@ class EfficientNet(PublishedExtractor):
     """The network above; on 64 principal axes of the reference, or all features from 6400 images a block."""
 
     dim = 1280
+    map_channels = STAGES[MAPPED - 1][-1]
 
     def __init__(self, network: Network, name: str, full: bool = False, block: int = BLOCK) -> None:
         super().__init__(name, other_label(name), block)
@@ -126,8 +137,15 @@ class EfficientNet(PublishedExtractor):
 
     def block_activations(self, images: Tensor) -> Activations:
         """Activations of one block of uint8 images (block, 3, H, W)."""
-        resized = F.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
-        return Activations(self.network((resized - 127) / 128), None)
+        return Activations(self.network(_input(images, (SIDE, SIDE))), None)
+
+    def block_map(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.network.places(_input(images, (STRIDE * grid[0], STRIDE * grid[1])))
+
+
+def _input(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the network takes of uint8 images (N, 3, H, W), at this height and width."""
+    return (F.interpolate(images.float(), size, mode="bicubic", antialias=True) - 127) / 128
 
 
 def open_efficientnet(name: str = EFFNET.network, given: Path | None = None, block: int = BLOCK) -> EfficientNet:

@@ -5,6 +5,7 @@ of one fixed size (the last one padded), because libraries choose kernels by bat
 """
 
 import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, Self
@@ -54,6 +55,8 @@ class Extractor(nn.Module, ABC):
     """The number of principal axes of the reference on which images are compared; None: all features (reference.py)."""
     least_images: int = 0
     """The number of images from which on a distance of these features is more than its bias; below it `check_count` raises."""
+    map_channels: int = 0
+    """Channels of the feature map; 0: there is none."""
 
     @abstractmethod
     def check(self, images: Images, what: str = "the images are") -> None:
@@ -66,6 +69,20 @@ class Extractor(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
         return self.activations(images).features
+
+    def feature_map(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """float32 (N, map_channels, h, w) of uint8 images: features by place, on `grid` rows and columns where the network can
+        have as many; the same bits for any N. Errors as `check_map` and `features`."""
+        raise NotImplementedError
+
+    def check_map(self) -> None:
+        """UsageError of a network without a feature map."""
+        if not self.map_channels:
+            raise UsageError(
+                f"{self.name} has no feature map",
+                "hidden tokens are aligned with features by place, and it has none",
+                "use effnet-lite0, dinov2-vitb14 or clip-vitb32, or a run of midway train features",
+            )
 
     def dim_of(self, images: Images) -> int:
         """D of uint8 images (N, C, H, W)."""
@@ -88,6 +105,11 @@ class Extractor(nn.Module, ABC):
     def _apply(self, fn: Convert, recurse: bool = True) -> Self:
         """`.to()`, also of a parent: follows devices and stays in float32, since other features would have the same name."""
         return super()._apply(of_same_dtype(fn), recurse)
+
+
+def weights_of(name: str) -> str:
+    """The hash in the name of a protocol, equal for all protocols of one network; the name itself of one without weights."""
+    return re.split("[+,]", name.rpartition("@")[2])[0]
 
 
 def other_label(name: str) -> str:
@@ -122,6 +144,16 @@ class PublishedExtractor(Extractor):
         device = self.get_buffer("place").device
         return in_blocks(images, self.block, device, lambda part: self.block_activations(part.expand(-1, 3, -1, -1)))
 
+    def block_map(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The feature map of exactly one block of uint8 images (block, 3, H, W), of a network that has one."""
+        raise NotImplementedError
+
+    def feature_map(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        self.check_map()
+        need_measurable(self.name, images)
+        device = self.get_buffer("place").device
+        return map_in_blocks(images, self.block, device, lambda part: self.block_map(part.expand(-1, 3, -1, -1), grid))
+
 
 @torch.no_grad()
 def in_blocks(
@@ -136,6 +168,11 @@ def in_blocks(
             found.append((features[: len(part)], None if logits is None else logits[: len(part)]))
     logits = [rows for _, rows in found if rows is not None]
     return Activations(torch.cat([rows for rows, _ in found]), torch.cat(logits) if logits else None)
+
+
+def map_in_blocks(images: Tensor, block: int, device: torch.device, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """`in_blocks` of a function that gives feature maps."""
+    return in_blocks(images, block, device, lambda part: Activations(make(part), None)).features
 
 
 def check_measurable(name: str, images: Images, what: str) -> None:

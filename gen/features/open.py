@@ -31,12 +31,14 @@ PUBLISHED = (
 NAMED = (*PUBLISHED, PIXELS)
 
 
-def named_extractor(words: str | Path | None, data: DataConfig, what: str, weights: Path | None = None) -> Extractor:
-    """The network that --features names, by default effnet-lite0; on the CPU, its weights read.
+def named_extractor(
+    words: str | Path | None, data: DataConfig | None, what: str, weights: Path | None = None, flag: str = "--features"
+) -> Extractor:
+    """The network that `flag` names, by default effnet-lite0; on the CPU, its weights read.
 
     `weights` is the file of a published network. UsageError for a misspelt name, weights for a network that has its own, or a
     package that is not installed; DataError when weights are missing or damaged, or a run was trained on other images than
-    `data`, the images of `what`.
+    `data`, the images of `what`; data None: on any.
     """
     name = DEFAULT if words is None else str(words)
     if name in PUBLISHED:
@@ -52,9 +54,7 @@ def named_extractor(words: str | Path | None, data: DataConfig, what: str, weigh
 
         return Pixels()
     if not Path(name.split("@")[0]).exists() and (len(Path(name).parts) == 1 or ranked(name, NAMED)[0][0] > 0.8):
-        raise UsageError(
-            f"--features {name}", "there is neither a network nor a run of this name", nearest(name, NAMED)
-        )
+        raise UsageError(f"{flag} {name}", "there is neither a network nor a run of this name", nearest(name, NAMED))
     return load_features(selected(open_features(Path(name), data, what)) / "features.safetensors")
 
 
@@ -78,10 +78,10 @@ def open_published(name: str, weights: Path | None = None) -> Extractor:
     return open_inception(weights) if name == INCEPTION.network else open_vision_transformer(name, weights)
 
 
-def open_features(path: Path, data: DataConfig, what: str) -> Run:
-    """The feature run at `path`. DataError when it was trained on other images than `what`, whose data are `data`."""
+def open_features(path: Path, data: DataConfig | None, what: str) -> Run:
+    """The feature run at `path`. DataError when it was trained on other images than `what`, whose data are `data`, if given."""
     run = Run.open(path, "features")
-    if not trained_on(run, data):
+    if data is not None and not trained_on(run, data):
         raise DataError(
             f"{run.path} was trained on other images than {what}",
             f"its data are {flags_of(data_of(run))}, the others are {flags_of(data)}",

@@ -3,6 +3,8 @@
     features = norm(ViT((resize_224(x) / 255 - mean) / std))[class token]          DINOv2: Stein et al., arXiv:2306.04675
     features = P norm(ViT(...))[class token], P the projection to CLIP's space     CLIP: Radford et al., arXiv:2103.00020
 
+The feature map has the other tokens, after the same norm and before P.
+
 resize_224 is bicubic with antialiasing, without rounding, as in EDM2's FD-DINOv2 (Karras et al., arXiv:2312.02696); other
 aspect ratios are stretched. DINOv2 was trained at 518 pixels: its 37 x 37 position embedding is resampled to 16 x 16 as the
 authors' code does (bicubic without antialiasing, at scale 16.1 / 37), not as timm does (antialiased, at 16 / 37), which
@@ -85,9 +87,9 @@ class VisionTransformer(PublishedExtractor):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: Encoder, network: nn.Module, name: str, block: int = BLOCK) -> None:
+    def __init__(self, encoder: Encoder, network: Any, name: str, block: int = BLOCK) -> None:
         super().__init__(name, other_label(name), block)
-        self.dim = encoder.dim
+        self.dim, self.map_channels = encoder.dim, network.num_features
         self.network = network
         mean, std = (torch.tensor(values)[:, None, None] for values in encoder.mean_std)
         self.register_buffer("mean", mean)
@@ -95,9 +97,18 @@ class VisionTransformer(PublishedExtractor):
 
     def block_activations(self, images: Tensor) -> Activations:
         """Activations of one block of uint8 images (block, 3, H, W)."""
-        resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
         with sdpa_kernel(SDPBackend.MATH):  # fused kernels have a precision of their own
-            return Activations(self.network((resized / 255 - self.mean) / self.std), None)
+            return Activations(self.network(self._input(images)), None)
+
+    def block_map(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            tokens = self.network.forward_features(self._input(images))
+        height, width = self.network.patch_embed.grid_size
+        return tokens[:, self.network.num_prefix_tokens :].mT.unflatten(2, (height, width))
+
+    def _input(self, images: Tensor) -> Tensor:
+        resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
+        return (resized / 255 - self.mean) / self.std
 
 
 def open_vision_transformer(name: str, given: Path | None = None, block: int = BLOCK) -> VisionTransformer:

@@ -12,7 +12,7 @@ import torch
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import kind_of
 from midway.gen.data.splits import DataConfig, Splits
-from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.load import TrainedModel, check_apart, load_model, recorded_origin
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.records import LIMITS
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
@@ -57,7 +57,9 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
 
 def model_warnings(task: EvaluateTask) -> tuple[str, ...]:
     """Of every run that the flags name and whose training is not finished."""
-    return unfinished(task.model, *task.repeats, *task.few_step, *task.priors, *task.baselines, *names(task.features))
+    return unfinished(
+        task.model, task.adapter, *task.repeats, *task.few_step, *task.priors, *task.baselines, *names(task.features)
+    )
 
 
 def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
@@ -73,6 +75,15 @@ def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extrac
         )
     weights = [task.feature_weights, *[None] * (len(words) - 1)]
     return [named_extractor(word, data, whose, its) for word, its in zip(words, weights, strict=True)]
+
+
+def check_teachers(extractors: Sequence[Extractor], models: Sequence[EvaluatedModel | TrainedModel | None]) -> None:
+    """UsageError for a latent model that was aligned with one of the networks that are to measure it."""
+    for one in models:
+        trained = one.trained if isinstance(one, EvaluatedLatentModel) else one
+        if isinstance(trained, TrainedModel):
+            for extractor in extractors:
+                check_apart(trained.run.place, recorded_origin(trained.run).aligned, extractor.name)
 
 
 @dataclass(frozen=True)
@@ -93,9 +104,17 @@ def defaults_of(trained: TrainedModel | None) -> Defaults:
 
 def open_main(task: EvaluateTask, device: torch.device) -> "TrainedModel | TrainedPrior | None":
     """The latent model or prior of --model, in tiles if --tile has them."""
+    prior = task.model is not None and kind_of(task.model) == PRIOR
+    if task.adapter is not None and (task.model is None or prior):
+        what, why = f"--adapter {task.adapter}", "it is of a latent model, and --model names none"
+        raise UsageError(what, why, "give its --model, or drop it")
     if task.model is None:
         return None
-    if kind_of(task.model) == PRIOR:
+    if task.adapter is not None:
+        from midway.gen.diffusion.adapters import load_adapted
+
+        found = load_adapted(task.model, task.adapter, device)
+    elif prior:
         from midway.gen.priors.load import load_prior
 
         found = load_prior(task.model, device)

@@ -15,6 +15,8 @@ from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import Flat
 from midway.gen.flags.sampling_flags import TileFlags
+from midway.gen.networks.adapters import AdapterConfig
+from midway.gen.objectives.alignment import AlignConfig
 from midway.gen.priors.config import PriorConfig, PriorOnlineConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
@@ -167,10 +169,28 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     """Distillation: run directory of a trained flow model, whose velocities objectives of jumps take in place of the samples'."""
     reflow: ReflowConfig = field(default_factory=ReflowConfig)
     """Train on pairs of noise and samples of another model in place of images, where it names one as source."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """Align hidden tokens with the feature map of a trained network, where it names one as teacher."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)
     """Settings of --measure-every."""
+
+
+@dataclass(frozen=True)
+class FinetuneTask(TrainingTask):
+    """Train a latent model further on other images: small matrices beside its weights, or all of its weights."""
+
+    model: Path
+    """Run directory of the latent model. It stays as it is; its tokenizer is used."""
+    data: Annotated[DataConfig, Flat]
+    method: Literal["adapter", "full"] = "adapter"
+    """What learns. adapter: matrices of low rank beside the layers of attention and MLP, and labels of new classes. full: all
+    weights."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Of the method adapter."""
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from midway.gen.networks.layers import rotated
+from midway.gen.networks.layers import Pairs, rotated
 
 MixerName = Literal["softmax", "linear"]
 Scale = Literal["fixed", "tokens"]
@@ -23,15 +23,20 @@ TOKENS = 256
 
 
 class Mixer(Protocol):
-    """q, k, v (B, heads, N, C), a `rotation` (2, N, C / 2) or None, and the factor c of the logits -> (B, heads, N, C)."""
+    """q, k, v (B, heads, N, C), a `rotation` (2, N, C / 2) or None, the factor c of the logits, and the channels that are rotated
+    together -> (B, heads, N, C)."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, /) -> Tensor: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, pairs: Pairs = "halves", /
+    ) -> Tensor: ...
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, pairs: Pairs = "halves"
+) -> Tensor:
     """c is 1 / sqrt(C) where `scale` is None."""
     if turn is not None:
-        q, k = rotated(q, turn), rotated(k, turn)
+        q, k = rotated(q, turn, pairs), rotated(k, turn, pairs)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
@@ -40,22 +45,27 @@ def phi(x: Tensor) -> Tensor:
     return F.relu(x) + x.clamp(max=0).exp()
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None) -> Tensor:
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, pairs: Pairs = "halves"
+) -> Tensor:
     """Has no logits, so `scale` does not act. Sums over tokens are means, which half precision can hold."""
     q, k = phi(q), phi(k) / k.shape[-2]
     total = q @ k.sum(-2)[..., None]
     if turn is not None:
-        q, k = rotated(q, turn), rotated(k, turn)
+        q, k = rotated(q, turn, pairs), rotated(k, turn, pairs)
     return q @ (k.transpose(-2, -1) @ v) / total
 
 
 MIXERS: dict[MixerName, Mixer] = {"softmax": softmax_attention, "linear": linear_attention}
 
 
-def logit_scale(kind: Scale, tokens: int, channels: int) -> float | None:
-    """c for so many tokens and channels of a head; None for 1 / sqrt(channels).
+def logit_scale(kind: Scale, tokens: int, channels: int, base: int) -> float | None:
+    """c for so many tokens and channels of a head, `base` of them at the base of muP; None for 1 / sqrt(channels).
 
-    tokens: sqrt(log(tokens) / log(TOKENS) / channels), by which the entropy of attention depends less on their number (Jin et al.
+    fixed: sqrt(base) / channels, which is 1 / sqrt(channels) at the base (Yang et al. 2022, arXiv 2203.03466, definition 4.1).
+    tokens: times sqrt(log(tokens) / log(TOKENS)), by which the entropy of attention depends less on their number (Jin et al.
     2023, arXiv 2306.08645).
     """
-    return None if kind == "fixed" else math.sqrt(math.log(tokens) / math.log(TOKENS) / channels)
+    if kind == "fixed":
+        return None if base == channels else math.sqrt(base) / channels
+    return math.sqrt(math.log(tokens) / math.log(TOKENS) / channels) * math.sqrt(base / channels)

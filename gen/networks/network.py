@@ -41,9 +41,15 @@ class Network(nn.Module, ABC):
     grid: tuple[int, int]
     """Hidden tokens, by rows and columns."""
     time_scale: float
+    time_intervals: int = 128
     time: nn.Sequential
     label: nn.Embedding
     more: nn.ModuleDict
+
+    def take(self, block: int) -> None:
+        """Have the hidden tokens be those after this block, counted from 1; 0: as they are. ValueError if there is none."""
+        if block:
+            raise ValueError("blocks of this network cannot be named: use 0, its hidden tokens")
 
     def add_more(self, names: tuple[str, ...]) -> None:
         """Embeddings of further numbers, after everything else was drawn."""
@@ -64,15 +70,22 @@ class Network(nn.Module, ABC):
     def predict(self, x: Tensor, condition: Tensor, context: Context | None) -> NetworkOutput:
         """For x (B, C, H, W) in the weights' dtype and a condition of each sample."""
 
+    def rate_of(self, name: str) -> float:
+        """The factor of the learning rate of the parameter of this name (gen/training/interface.py)."""
+        return 1.0
+
     def conditions(self, noise_angle: Tensor, labels: Tensor, more: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """(E, B, *): the condition for every noise_angle (E,), with `more` (E,), and every label (B,)."""
         return self.join(self._times(noise_angle, more)[:, None], self.label(labels))
 
     def _times(self, noise_angle: Tensor, more: Mapping[str, Tensor]) -> Tensor:
-        found = self.time(sinusoid(self.time_scale * widened(noise_angle), 256).to(self.dtype))
+        found = self.time(self._sinusoids(noise_angle).to(self.dtype))
         for name, embedding in self.more.items():
             found = found + embedding(sinusoid(more[name], 256).to(self.dtype))
         return found
+
+    def _sinusoids(self, noise_angle: Tensor) -> Tensor:
+        return sinusoid(self.time_scale * widened(noise_angle), 256, intervals=self.time_intervals)
 
     def forward(
         self,

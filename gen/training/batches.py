@@ -25,12 +25,13 @@ class ImageBatch:
 class LatentBatch:
     """Standardised latents float32 (B, C, H, W), labels int64 (B,), and the noise of each like latents, where pairs fix it.
 
-    noise None: it is drawn for the step.
+    noise None: it is drawn for the step. features: a teacher's map float32 (B, C', h, w), where tokens are aligned with one.
     """
 
     latents: Tensor
     labels: Tensor
     noise: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)

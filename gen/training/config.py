@@ -149,6 +149,7 @@ PATHS = (
     "codes",
     "init",
     "teacher",
+    "align.teacher",
     "reflow.source",
     "reflow.folder",
     "reflow.batch_size",
@@ -178,21 +179,27 @@ ABSENT = {
     "model.dit.conditioning": "adaln",
     "model.dit.mixer": "softmax",
     "model.dit.attention_scale": "fixed",
+    "model.dit.mup_base_width": 0,
+    "model.dit.mup_base_heads": 0,
     "model.objective": "flow",
     "model.time_mode": 1.29,
     "model.time_shift": 1.0,
     "model.weight": "own",
     "model.min_snr_gamma": 5.0,
+    "model.scales": 1,
+    "model.direction": 0.0,
     "model.start": "random",
     "model.network": "dit",
+    "model.inputs": "own",
     "origin.init": "",
     "origin.teacher": "",
     "origin.pairs": "",
     "origin.images": 0,
     "origin.evaluations": 0,
+    "origin.aligned": [],
 }
 """What a key means where it is missing: in the configuration of a run from before there was such a key."""
-LATER = ("model.jump.", "model.unet.", "reflow.")
+LATER = ("model.jump.", "model.unet.", "model.dit.details.", "reflow.", "align.")
 """Groups of keys that runs from before them do not depend on."""
 
 

@@ -43,6 +43,15 @@ class Adversarial(Protocol):
     discriminator_rate: float
 
 
+@runtime_checkable
+class Rated(Protocol):
+    """A model some of whose parameters learn faster or slower than others."""
+
+    def rate_of(self, name: str) -> float:
+        """The factor of the learning rate of the parameter of this name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Items:
     """A data set of `size` items.

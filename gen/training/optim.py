@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 
 from midway.gen.core.errors import UsageError
 from midway.gen.training.config import TrainConfig
-from midway.gen.training.interface import Adversarial
+from midway.gen.training.interface import Adversarial, Rated
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
+MUON_POWER = 0.5
+"""Updates of one root mean square are, of Muon, whose singular values are equal, by the root of the width larger as matrices; of
+AdamW, whose updates of one layer agree, by the width."""
 STATES: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
@@ -34,7 +37,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
             "--optimizer muon has nothing to do", "this model has no hidden matrices", "use --optimizer adamw"
         )
     adamw = torch.optim.AdamW(
-        rate_groups(model, {name: p for name, p in named.items() if name not in hidden}),
+        rate_groups(model, {name: p for name, p in named.items() if name not in hidden}, config.weight_decay),
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
@@ -42,19 +45,19 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
     )
     if not hidden:
         return [adamw]
-    matrices = [named[name] for name in hidden]
+    matrices = rate_groups(model, {name: named[name] for name in hidden}, config.weight_decay, MUON_POWER)
     muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
 def state_bytes(model: nn.Module, config: TrainConfig) -> int:
     """Bytes that training keeps of a model in float32: weights, gradients, states of the optimizer, and averages."""
-    averages = bool(config.ema) + len(config.posthoc)
+    averages, saved = bool(config.ema) + len(config.posthoc), model.state_dict().keys()
     total = sum(b.nbytes for b in model.buffers()) * (1 + averages)
     for name, p in model.named_parameters():
         muon = config.optimizer == "muon" and is_hidden_matrix(name, p)
         states = 1 + (1 if muon else 2) if p.requires_grad else 0  # the gradient, and one or two moments
-        total += p.numel() * p.element_size() * (1 + states + averages)
+        total += p.numel() * p.element_size() * (1 + states + averages * (name in saved))
     return total
 
 
@@ -70,15 +73,36 @@ def _split(model: nn.Module, named: dict[str, nn.Parameter]) -> list[list[nn.Par
     return [[p for name, p in named.items() if not name.startswith(model.discriminator_prefix)], theirs]
 
 
-def rate_groups(model: nn.Module, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer; `scale` is what `set_rate` multiplies the learning rate by."""
+def rate_groups(
+    model: nn.Module, named: dict[str, nn.Parameter], weight_decay: float, power: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer; `scale` is what `set_rate` multiplies the learning rate by.
+
+    Of a `Rated` model it is the factor of the parameter to this power, and weights decay by the learning rate times
+    `weight_decay` a step whatever it is.
+    """
+    if isinstance(model, Rated):
+        scales = {name: model.rate_of(name) ** power for name in named}
+        return [
+            {
+                "params": [p for name, p in named.items() if scales[name] == scale],
+                "scale": scale,
+                "weight_decay": weight_decay / scale,
+            }
+            for scale in dict.fromkeys(scales.values())
+        ]
     own, *theirs = _split(model, named)
-    return [{"params": own}, *({"params": p, "scale": cast(Adversarial, model).discriminator_rate} for p in theirs)]
+    return [
+        {"params": own},
+        *({"params": p, "scale": cast(Adversarial, model).discriminator_rate} for p in theirs if p),
+    ]
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon optimises it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
-    return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
+    """Whether Muon optimises it: a matrix inside a block, but not its modulation or an adapter (embeddings and heads are
+    outside)."""
+    inside = parameter.dim() == 2 and ".blocks." in f".{name}"
+    return inside and "modulation" not in name and ".lora_" not in name
 
 
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:

@@ -15,6 +15,7 @@ from midway.gen.diffusion.load import NOTHING, Origin, TrainedModel, load_model,
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.pairs import Pairs, PairSource, draw_pairs
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.trainings.aligning import planned_alignment
 from midway.samplers.prediction import expand
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -47,7 +48,7 @@ def planned(task: LatentTask) -> LatentTask:
     if task.init is not None and not task.dry_run:
         scale = load_model(task.init, torch.device("cpu")).model.config.size.time_scale
         model = replace(model, **{model.network: replace(model.size, time_scale=scale)})
-    return replace(task, model=model)
+    return planned_alignment(replace(task, model=model))
 
 
 def begin(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, device: torch.device) -> Origin:

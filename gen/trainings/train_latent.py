@@ -21,7 +21,7 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.places import images_at, splits_of
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
-from midway.gen.diffusion.load import CPU, Origin, TrainedModel, load_model, load_tokenizer, write_model
+from midway.gen.diffusion.load import CPU, Origin, TrainedModel, check_apart, load_model, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, sample_latents
@@ -30,7 +30,7 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.flags.arguments import config_of
 from midway.gen.flags.cli import Page, resolve
-from midway.gen.flags.tasks import LatentTask
+from midway.gen.flags.tasks import LatentTask, TrainingTask
 from midway.gen.names.nearest import canonical
 from midway.gen.objectives.jump_config import own_solver
 from midway.gen.progress.finished import unfinished
@@ -45,6 +45,7 @@ from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items, Preview
+from midway.gen.trainings.aligning import aligned_items, prepared, random_maps
 from midway.gen.trainings.beginning import begin, begin_pairs, planned
 from midway.gen.trainings.dry_run import IMAGES, random_splits, rehearse, resident
 from midway.gen.trainings.running import built, open_run, with_precision
@@ -89,6 +90,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
+    teacher = prepared(task, model, data, images)
     views = Views(mirrored=task.flip)
     path = task.latents or cache_path(source.path, images, tokenizer, views)
     if task.latents is None:
@@ -102,6 +104,9 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     if task.reflow.source is not None:
         pairs, origin = begin_pairs(task, model, tokenizer, accelerator, draw, origin)
         items = pairs.items(images.fingerprint)
+    if teacher is not None:
+        items, passes = aligned_items(task, model, teacher, latents, images, source.path, accelerator)
+        origin += passes
     about = "\n".join([describe(images), *unfinished(source, task.init, task.teacher, task.reflow.source)])
     return Parts(model, items, tokenizer, data, images, about, origin, draw)
 
@@ -125,9 +130,11 @@ def train(task: LatentTask, *lines: str) -> Run | None:
     accelerator = make_accelerator(task.train, task.out)
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
+    if reference is not None:
+        check_apart("this model", parts.origin.aligned, reference.features)
     model, tokenizer = parts.model, parts.tokenizer
     config = {**to_record(task), "data": to_record(parts.data), "origin": to_record(parts.origin)}
-    parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
+    parameters, shape = sum(p.numel() for p in model.network.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
     with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *lines, *precision) as run:
         hooks = Hooks(
@@ -143,12 +150,14 @@ def train(task: LatentTask, *lines: str) -> Run | None:
         return run
 
 
-def publish(task: LatentTask, run: Run, parts: Parts, result: FitResult) -> None:
+def publish(task: TrainingTask, run: Run, parts: Parts, result: FitResult) -> None:
     """Write the averaged model as a folder to share, with its tokenizer; the card states how far it is trained. DiskError."""
     if not result.steps:
         return
     trained = load_model(run.path, CPU)
     weights = training_rows(trained.weights, result.steps, task.train, (), result.finished)
+    if parts.origin.aligned:
+        weights = {**weights, "hidden tokens aligned with": ", ".join(parts.origin.aligned)}
     figures = {name: value for name, value in result.last.items() if name == "loss"}
     card = model_card(trained.model, trained.tokenizer, parts.data, parts.images, weights, figures, task.license)
     run.say(f"card  {finish_model(run, trained.model, trained.tokenizer, card) / 'README.md'}")
@@ -163,13 +172,20 @@ def dry_run(task: LatentTask) -> None:
     names = tuple(str(label) for label in range(task.dry_run_classes))
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: LatentModel(task.model, tokenizer.latent_shape, len(names), (), names))
-    raw = torch.randn(IMAGES, *tokenizer.latent_shape, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(IMAGES) % len(names)
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(IMAGES, *tokenizer.latent_shape, generator=generator)
+    maps = random_maps(task, model, IMAGES, generator)
+    rehearse(model, items_of(raw, len(names), maps), train, accelerator, start)
+
+
+def items_of(raw: Tensor, classes: int, maps: Tensor | None = None) -> Items:
+    """Latents (N, C, h, w), with classes in turn, and what hidden tokens are aligned with."""
+    labels = torch.arange(len(raw)) % classes
 
     def read(items: Tensor) -> LatentBatch:
-        return LatentBatch(raw[items], labels[items])
+        return LatentBatch(raw[items], labels[items], features=None if maps is None else maps[items])
 
-    rehearse(model, Items(read, IMAGES), train, accelerator, start)
+    return Items(read, len(raw))
 
 
 def planned_tokenizer(path: Path) -> ImageTokenizer:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midway.gen.networks.dit import CLASS_TOKENS, TIME_TOKENS, Block, DiT
-from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.dit_config import Details, DiTConfig
 from midway.gen.networks.layers import SwiGLU, make_norm, places_2d, rotated, rotation, swiglu_width
 from midway.gen.networks.mixers import MIXERS, TOKENS, linear_attention, logit_scale, phi, softmax_attention
 from midway.gen.training.batches import Context
@@ -29,6 +29,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "conditioning tokens": {"conditioning": "tokens"},
     "mixer linear": {"mixer": "linear"},
     "attention_scale tokens": {"attention_scale": "tokens"},
+    "details": {"details": Details(norm_gains=True, mlp_norm_eps=0.1, qk_norm_eps=0.1, time_intervals=127)},
 }
 """One by one; then several that meet in one layer."""
 SWITCHES = {
@@ -71,7 +72,8 @@ def test_without_switches_the_network_has_the_parameters_that_stored_weights_hav
     expected = {f"blocks.{i}.{name}" for i in (0, 1) for name in block} | outside | {"label.weight"}
     assert names(network()) == expected == {*network().state_dict()}
     switches = dict.fromkeys(switch for change in CHANGES.values() for switch in change)
-    assert [field.name for field in fields(DiTConfig)][7:] == list(switches)
+    others = [field.name for field in fields(DiTConfig)][7:]
+    assert [name for name in others if not name.startswith("mup_")] == list(switches)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -210,12 +212,12 @@ def test_linear_attention_is_its_quadratic_form(turned: bool) -> None:
 
 
 def test_the_scale_of_logits_follows_the_number_of_tokens() -> None:
-    assert logit_scale("fixed", 16, 8) is None
-    assert logit_scale("tokens", TOKENS, 16) == 1 / 4
-    assert logit_scale("tokens", TOKENS**2, 8) == pytest.approx(math.sqrt(2 / 8))
+    assert logit_scale("fixed", 16, 8, 8) is None
+    assert logit_scale("tokens", TOKENS, 16, 16) == 1 / 4
+    assert logit_scale("tokens", TOKENS**2, 8, 8) == pytest.approx(math.sqrt(2 / 8))
     q, k, v = normal(3, 2, 2, 16, 8, dtype=torch.float64)
     expected = ((q @ k.mT * math.sqrt(0.5 / 8)).softmax(-1)) @ v
-    got = softmax_attention(q, k, v, None, logit_scale("tokens", 16, 8))
+    got = softmax_attention(q, k, v, None, logit_scale("tokens", 16, 8, 8))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 

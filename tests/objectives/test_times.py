@@ -55,6 +55,16 @@ def model(values: tuple[int, int, int] = (4, 8, 8), **config: object) -> LatentM
     return LatentModel(LatentModelConfig(dit=dit, **config), values, 2)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"time": "mode", "time_mode": 0.5}, mode(U, 0.5)), ({"time": "cosmap"}, cosmap(U))],
+)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_model_draws_the_density_of_its_name(schedule: str, config: dict[str, object], expected: Tensor) -> None:
+    found = model((4, 8, 8), schedule=schedule, **config)
+    assert torch.equal(found.time_of(U), time_at(found.schedule, expected).float())
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("time", ["logit_normal", "uniform", "mode", "cosmap"])
 def test_a_shift_lowers_logsnr_of_every_draw_on_every_schedule(schedule: str, time: str) -> None:

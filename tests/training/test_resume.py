@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from nobody import NOBODY
+from other_digits import other_digits
 from PIL import Image
 from pipelines import TINY_DIT, Pipeline
 from resuming import (
@@ -50,9 +51,11 @@ from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.distillation.amed import DistillConfig
 from midway.gen.distillation.table import TableConfig
 from midway.gen.flags.baseline_tasks import FlowTask, VAETask
-from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.flags.tasks import FinetuneTask, LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.adapters import AdapterConfig
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.presets import MODERN
+from midway.gen.objectives.alignment import AlignConfig
 from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -85,7 +88,15 @@ def modern_task(out: Path, pipeline: Pipeline, **switches: Any) -> LatentTask:
     """The modern blocks, and others, on other times and weights."""
     task = latent_task(out, pipeline, replace(LATENT, optimizer="muon"))
     model = replace(DIT, target="x0", time="mode", time_shift="auto", weight="velocity")
-    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, **switches})))
+    model = replace(model, direction=0.5, scales=2)
+    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, "mup_base_width": 8, **switches})))
+
+
+def aligned_task(out: Path, pipeline: Pipeline) -> LatentTask:
+    """Jumps whose tokens are aligned with a classifier in the first 6 of 11 steps, in micro-batches."""
+    align = AlignConfig(str(pipeline.features), block=1, normalize="spatial", until=0.5)
+    task = jump_task(out, pipeline, "shortcut")
+    return replace(task, align=align, train=replace(LATENT, accumulation=2))
 
 
 def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
@@ -106,6 +117,14 @@ def distilled_task(out: Path, pipeline: Pipeline) -> LatentTask:
         teacher=pipeline.model,
         flip=False,
     )
+
+
+def finetune_task(out: Path, pipeline: Pipeline, **options: Any) -> FinetuneTask:
+    """Adapters from a gradient, of which one matrix learns faster, and a new class."""
+    data = DataConfig(data=str(other_digits(pipeline.root / "other")))
+    adapter = AdapterConfig(rank=2, start="gradient", b_rate=4.0)
+    train = replace(TRAIN, posthoc=(), accumulation=2)
+    return FinetuneTask(out, pipeline.model, data, adapter=adapter, flip=True, train=train, resume="auto", **options)
 
 
 def prior_task(out: Path, pipeline: Pipeline, kind: Kind) -> PriorTask:
@@ -171,7 +190,7 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
-SLOW = ("latent by tokens", "unet", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
+SLOW = ("full fine-tuning", "latent by tokens", "unet", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
 """Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -188,18 +207,26 @@ KINDS: dict[str, Make] = {
         tokenizer_task(out, replace(COSINE, accumulation=2)),
         loss=replace(CRITIC, spectral_norm=False, adversary_start=0),
     ),
-    "latent": lambda out, pipeline: latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
-    "latent with muon": lambda out, pipeline: latent_task(
-        out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
+    "latent": lambda out, pipeline: replace(
+        latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
+        model=replace(DIT, weight="learned"),
+    ),
+    "latent with muon": lambda out, pipeline: replace(
+        latent_task(out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)),
+        model=replace(DIT, time="cosmap", weight="min_snr", min_snr_gamma=2.0),
     ),
     "modern latent": modern_task,
     "latent by tokens": partial(modern_task, conditioning="tokens", norm="dyt", mixer="linear"),
     "unet": lambda out, pipeline: replace(
-        latent_task(out, pipeline), model=replace(DIT, network="unet", dit=DiTConfig())
+        latent_task(out, pipeline),
+        model=replace(DIT, time="uniform", time_shift=2.0, weight="learned", network="unet", dit=DiTConfig()),
     ),
+    "aligned": aligned_task,
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
     "distilled": lambda out, pipeline: distilled_task(out, pipeline),
+    "adapter": finetune_task,
+    "full fine-tuning": partial(finetune_task, method="full"),
     **{f"{kind} prior": partial(prior_task, kind=kind) for kind in ("causal", "masked", "continuous")},
     "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
     "vae": lambda out, _: vae_task(out),
@@ -415,17 +442,19 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
 
 
 def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, tmp_path: Path) -> None:
-    """Its files name no objective, no time scale, no kinds of blocks and no origin."""
+    """Its files name no objective, no time scale, no kinds of blocks, no densities or weights of later and no origin."""
     later = [field.name for field in fields(DiTConfig)][6:]
+    drawn = ("time_mode", "time_shift", "weight", "min_snr_gamma", "scales", "direction")
     new = {"model.objective", "model.network", "init", "teacher", *(f"model.dit.{name}" for name in later)}
+    new |= {f"model.{name}" for name in drawn}
     config = replace(TRAIN, steps=3, posthoc=())
     whole = train(latent_task(tmp_path / "whole", pipeline, config))
     run = train(shortened(latent_task(tmp_path / "run", pipeline, config), 1))
     values = read_yaml(run / "config.yaml")
-    for name in ("objective", "jump", "network", "unet"):
+    for name in ("objective", "jump", "network", "unet", *drawn):
         del values["model"][name]
     values["model"]["dit"] = {key: value for key, value in values["model"]["dit"].items() if key not in later}
-    for name in ("origin", "init", "teacher"):
+    for name in ("origin", "init", "teacher", "align"):
         values.pop(name, None)
     write_yaml(run / "config.yaml", values)
     checkpoint = newest(run)
@@ -442,13 +471,20 @@ def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, 
 
 @pytest.mark.parametrize(
     "kind",
-    ["vq", "latent", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("critic", "vae", "masked prior"))],
+    [
+        "vq",
+        "latent",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("aligned", "critic", "vae", "adapter", "masked prior")
+        ),
+    ],
 )
 def test_two_processes_resume_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
     task = KINDS[kind](tmp_path / "whole", pipeline)
     task = replace(task, train=replace(task.train, steps=9, lr=3e-3))
-    assert isinstance(task, TokenizerTask | LatentTask | PriorTask | VAETask)
+    assert isinstance(task, TokenizerTask | LatentTask | FinetuneTask | PriorTask | VAETask)
     whole, parts, alone = tmp_path / "whole", tmp_path / "parts", tmp_path / "alone"
     train_together(task)
     train_together(shortened(replace(task, out=parts), 5))

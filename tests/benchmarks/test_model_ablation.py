@@ -1,0 +1,126 @@
+"""benchmarks/model_ablation.py: what its variants are, how they are compared, and one run from tokenizer to JSON and table."""
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from benchmark_modules import benchmark
+from scipy import stats
+
+from midway.gen.flags.tasks import LatentTask
+from midway.gen.networks.presets import DIT2023, MODERN
+from midway.gen.recipes.recipes import LATENT_RECIPES
+from midway.gen.trainings import train_latent
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    return benchmark("model_ablation")
+
+
+def task_of(ablation: Any, folder: Path, name: str) -> LatentTask:
+    task = ablation.Ablation(folder, folder / "x.json", variants=tuple(dict.fromkeys(("dit2023", "time", name))))
+    return train_latent.resolve(LatentTask, LATENT_RECIPES, ablation.words_of(task, name))
+
+
+def kinds(task: LatentTask) -> dict[str, Any]:
+    """All that variants change."""
+    model = task.model
+    own = {name: getattr(model.dit, name) for name in DIT2023}
+    times = {
+        "time": model.time,
+        "shift": model.time_shift,
+        "target": model.target,
+        "weight": model.weight,
+        "direction": model.direction,
+    }
+    align = {
+        "taught": task.align.teacher is not None,
+        "projector": task.align.projector,
+        "normalize": task.align.normalize,
+    }
+    return {**own, **times, **align, "optimizer": task.train.optimizer}
+
+
+PLAIN = DIT2023 | {
+    "time": "uniform",
+    "shift": 1.0,
+    "target": "velocity",
+    "weight": "own",
+    "direction": 0.0,
+    "optimizer": "adamw",
+}
+PLAIN |= {"taught": False, "projector": "mlp", "normalize": "none"}
+CHANGED: dict[str, dict[str, Any]] = {
+    "dit2023": {},
+    "time": {"time": "logit_normal"},
+    "shift": {"time": "logit_normal", "shift": "auto"},
+    "norm": {"norm": "rms"},
+    "mlp": {"mlp": "swiglu"},
+    "positions": {"positions": "both"},
+    "qk-norm": {"qk_norm": True},
+    "tokens": {"conditioning": "tokens"},
+    "x0": {"target": "x0", "weight": "velocity"},
+    "direction": {"direction": 1.0},
+    "muon": {"optimizer": "muon"},
+    "modern": MODERN | {"time": "logit_normal"},
+    "modern-muon": MODERN | {"time": "logit_normal", "optimizer": "muon"},
+    "align": {"taught": True},
+    "align-conv": {"taught": True, "projector": "conv", "normalize": "spatial"},
+}
+
+
+def test_a_variant_differs_from_the_base_in_what_its_name_says_alone(ablation: Any, tmp_path: Path) -> None:
+    assert list(ablation.VARIANTS) == list(CHANGED)
+    assert set(CHANGED) - set(ablation.Ablation(tmp_path, tmp_path).variants) == {"align", "align-conv"}
+    for name, changed in CHANGED.items():
+        task = task_of(ablation, tmp_path, name)
+        assert kinds(task) == PLAIN | changed, name
+        assert task.train.decay == "constant"
+
+
+def test_an_unknown_variant_and_one_without_what_it_is_compared_with_are_errors(ablation: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no variant x"):
+        ablation.Ablation(tmp_path, tmp_path, variants=("dit2023", "x"))
+    with pytest.raises(ValueError, match="shift is compared with time"):
+        ablation.Ablation(tmp_path, tmp_path, variants=("dit2023", "shift"))
+
+
+def test_differences_are_taken_seed_by_seed_and_their_variance_is_pooled(ablation: Any) -> None:
+    """Seeds that are far apart do not hide a difference that all of them have; by hand for two variants and three seeds."""
+    values = {"dit2023": [1.0, 5.0, 9.0], "norm": [0.5, 4.4, 8.6], "mlp": [1.1, 5.0, 8.9], "muon": [2.0, 6.1, 9.9]}
+    found = ablation.compare(values)
+    apart = {"norm": [-0.5, -0.6, -0.4], "mlp": [0.1, 0.0, -0.1], "muon": [1.0, 1.1, 0.9]}
+    half = stats.t.ppf(0.975, 6) * math.sqrt(0.01 / 3)
+    assert {name: cell["verdict"] for name, cell in found.items()} == {"norm": "better", "mlp": "=", "muon": "worse"}
+    for name, each in apart.items():
+        assert found[name]["difference"] == pytest.approx(sum(each) / 3)
+        assert found[name]["interval"] == pytest.approx(half)
+    assert ablation.compare({"dit2023": [1.0], "norm": [2.0]})["norm"]["verdict"] == "one seed"
+
+
+def test_a_variant_whose_steps_take_longer_has_fewer_in_equal_seconds(ablation: Any, tmp_path: Path) -> None:
+    task = ablation.Ablation(tmp_path, tmp_path, steps=1000)
+    found = ablation.stops(task, {"dit2023": 0.02, "muon": 0.05}, "muon")
+    assert found == {"steps": 1000, "seconds": 400}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_ends_in_figures_and_a_table(ablation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stops of a variant are measured, each at its own step."""
+    monkeypatch.setattr(ablation, "step_seconds", lambda task: {"dit2023": 0.02, "norm": 0.04})
+    task = ablation.Ablation(
+        tmp_path / "runs", tmp_path / "x.json", variants=("dit2023", "norm"), steps=20, seeds=(0, 1), n=40, nfe=2
+    )
+    ablation.main(task)
+    found = json.loads(task.json.read_text())
+    base, norm = found["rows"]
+    assert (base["stops"], norm["stops"]) == ({"steps": 20, "seconds": 20}, {"steps": 20, "seconds": 10})
+    cells = {name: cell["values"] for name, cell in norm["cells"].items()}
+    assert cells["steps distance"] != cells["seconds distance"]
+    assert base["cells"]["steps distance"]["values"] == base["cells"]["seconds distance"]["values"]
+    assert (found["tokens"], found["n"], found["nfe"]) == (4, 40, 2)
