@@ -236,7 +236,7 @@ def priors_block(found: dict[str, Any]) -> str:
     sampled = next(row for row in rows if row["nfe"])
     held = [sum(line["held"] for line in group) for group in _by_figure(found["verdicts"])]
     of = [len(group) for group in _by_figure(found["verdicts"])]
-    images = f"n = {sampled['n']} images per block, {sampled['blocks']} blocks, seeds {sampled['seeds']}"
+    images = f"n = {sampled['n']} images per block, {sampled['blocks']} block(s), seeds {sampled['seeds']}"
     facts = (
         f"Means and standard deviations over {len(found['training_seeds'])} trainings of tokenizer and prior, seconds on one "
         f"thread; {images}, reference `{sampled['reference']}`. At its largest budget a prior is within twice its ceiling "

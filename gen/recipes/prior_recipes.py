@@ -61,8 +61,10 @@ def digits_mar() -> PriorTask:
 
 
 def mnist5k_causal() -> PriorTask:
-    """64 tokens of 512 codes, one after the other. 4 min of one core; 180.7 bits an image on held-out digits, where
-    independent codes take 293.6 and a fixed length 576.
+    """64 tokens of 512 codes, one after the other. 4 min of one core; 172 bits an image on held-out digits, where independent
+    codes take 315 and a fixed length 576, with --model.split digits.
+
+    Fréchet distance (effnet-lite0, 64 axes) of 1,000 images 2.5, where the tokenizer alone has 2.0.
 
     midway train prior mnist5k-causal --tokenizer runs/mnist5k-fsq
     """
@@ -72,7 +74,9 @@ def mnist5k_causal() -> PriorTask:
 
 
 def mnist5k_masked() -> PriorTask:
-    """The same tokens in any order, in 1 to 64 evaluations. Not trained to its end yet.
+    """The same tokens in any order, in 1 to 64 evaluations. 13 min of one core; at most 197 bits, with --model.split digits.
+
+    Fréchet distance (effnet-lite0, 64 axes) of 1,000 images by maskgit 3.3 at 64 evaluations, 4.0 at 8.
 
     midway train prior mnist5k-masked --tokenizer runs/mnist5k-fsq
     """
