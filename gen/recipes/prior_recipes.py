@@ -69,7 +69,9 @@ def mnist5k_causal() -> PriorTask:
     midway train prior mnist5k-causal --tokenizer runs/mnist5k-fsq
     """
     model = PriorConfig("causal", width=128, depth=4, heads=4, dropout=0.3)
-    train = replace(DIGITS, steps=900, batch_size=32, weight_decay=0.3, ema=0.99, validate_every=150, patience_validations=3)
+    train = replace(
+        DIGITS, steps=900, batch_size=32, weight_decay=0.3, ema=0.99, validate_every=150, patience_validations=3
+    )
     return _prior("mnist5k-causal", "mnist5k-fsq", model, train)
 
 
@@ -81,7 +83,9 @@ def mnist5k_masked() -> PriorTask:
     midway train prior mnist5k-masked --tokenizer runs/mnist5k-fsq
     """
     model = PriorConfig("masked", width=128, depth=4, heads=4, dropout=0.3)
-    train = replace(DIGITS, steps=1800, batch_size=32, weight_decay=0.3, ema=0.99, validate_every=300, patience_validations=3)
+    train = replace(
+        DIGITS, steps=1800, batch_size=32, weight_decay=0.3, ema=0.99, validate_every=300, patience_validations=3
+    )
     return _prior("mnist5k-masked", "mnist5k-fsq", model, train)
 
 
