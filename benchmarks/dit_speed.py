@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.diffusion.field import noise_angle
+from midway.gen.diffusion.inputs import noise_angle
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.networks.dit import DiT
 from midway.gen.networks.dit_config import DiTConfig
