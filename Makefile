@@ -64,6 +64,7 @@ bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*
 	$(BIN)/python benchmarks/quantizers.py $(ARGS)
 	$(BIN)/python benchmarks/metrics.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
+	$(BIN)/python benchmarks/dit_speed.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/loading.py
 

@@ -37,6 +37,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "cifar": (200, "CIFAR-10: tokenizer, latent model, AMED, sweep"),
     "parallel": (40, "sampling in parallel over time beside the sequential loop"),
     "quantizers": (45, "quantizers beside vector-quantize-pytorch and diffusers"),
+    "dit": (90, "DiT beside diffusers' DiTTransformer2DModel of the same weights"),
     "compiled": (100, "torch.compile beside eager"),
 }
 """Seconds of each part at most, and what it measures; the parts in order of their worth, since the last ones may find no time."""

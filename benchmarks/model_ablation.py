@@ -1,8 +1,11 @@
 """Which part of a modern latent model earns its place: parts added to the DiT of 2023 one at a time, and all together.
 
-    python benchmarks/model_ablation.py --data digits --folder runs/ablation-digits --json benchmarks/results/ablation_digits.json
-    python benchmarks/model_ablation.py --data mnist5k --steps 800 --folder runs/ablation-mnist5k
-        --json benchmarks/results/ablation_mnist5k.json
+    python benchmarks/model_ablation.py --data digits --variants dit2023 time shift norm mlp positions qk-norm x0 muon modern
+        --folder runs/ablation-digits --json benchmarks/results/ablation_digits.json
+    python benchmarks/model_ablation.py --data mnist5k --variants dit2023 time norm mlp positions qk-norm direction muon modern
+        --steps 500 --folder runs/ablation-mnist5k --json benchmarks/results/ablation_mnist5k.json
+    python benchmarks/model_ablation.py --variants dit2023 align align-conv --steps 500 --n 500 --nfe 12
+        --folder runs/ablation-align --json benchmarks/results/ablation_align.json
 
 1. One tokenizer (midway train tokenizer), then for every training seed every variant below (midway train latent) at a constant
    learning rate, so that the weight average at any step is what a training of that many steps has.
@@ -13,7 +16,7 @@
    by seed. The deviation of these differences is pooled over all variants of a column; a difference within its 95 % interval
    (Student's t) is "=". About twenty variants and columns are looked at, so one of them is expected to be outside by chance.
 
-Every part goes on after a stop. About an hour of one core for the digits.
+Every part goes on after a stop. About half an hour of one core each.
 """
 
 import json
@@ -35,10 +38,11 @@ from midway.gen.core.files import write_atomically
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.evaluation.records import LIMITS
-from midway.gen.recipes.recipes import LATENT_RECIPES
+from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.optim import make_optimizers
-from midway.gen.trainings import train_latent, train_tokenizer
+from midway.gen.trainings import train_features, train_latent, train_tokenizer
+from midway.gen.trainings.aligning import random_maps
 
 
 class Variant(NamedTuple):
@@ -61,11 +65,21 @@ VARIANTS = {
     "qk-norm": Variant("RMSNorm on queries and keys", ("--model.dit.qk-norm", "")),
     "tokens": Variant("time and class as tokens, without adaLN", ("--model.dit.conditioning", "tokens")),
     "x0": Variant("predicts x0, loss of velocities", ("--model.target", "x0", "--model.weight", "velocity")),
+    "direction": Variant("loss of the velocity's direction, too", ("--model.direction", "1")),
     "muon": Variant("Muon", ("--optimizer", "muon")),
     "modern": Variant("blocks of modern, logit-normal times", ("--model.dit.preset", "modern", *NORMAL)),
     "modern-muon": Variant("the same with Muon", ("--model.dit.preset", "modern", *NORMAL, "--optimizer", "muon")),
 }
 """Flags beside those of the base, each with its value, "" where it has none."""
+TEACHER = ("--align.teacher", "{folder}/teacher")
+VARIANTS |= {
+    "align": Variant("tokens aligned with a classifier's feature map", TEACHER),
+    "align-conv": Variant(
+        "the same by a convolution, on features normalised by place",
+        (*TEACHER, "--align.projector", "conv", "--align.normalize", "spatial"),
+    ),
+}
+"""Not among the variants by default: their teacher is trained first (midway train features); it is no network of a figure."""
 COMMON = ("--model.schedule", "linear", "--model.target", "velocity", "--model.time", "uniform")
 COMMON += ("--model.dit.preset", "dit2023", "--decay", "constant")
 RECIPES = {"digits": ("digits-fsq", "digits-flow"), "mnist5k": ("mnist5k-fsq", "mnist5k-dit")}
@@ -86,7 +100,7 @@ class Ablation:
     """File of the figures."""
     data: Literal["digits", "mnist5k"] = "digits"
     """The images."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if TEACHER[0] not in variant.flags)
     """Which of them; the base and what they are added to must be among them."""
     steps: int = 2000
     """Optimizer steps of the base."""
@@ -114,7 +128,7 @@ def words_of(task: Ablation, name: str) -> list[str]:
     recipe = RECIPES[task.data][1]
     common = [*COMMON, "--optimizer", "adamw", "--lr", str(task.lr), "--ema", str(task.ema)]
     flags = dict(zip(common[::2], common[1::2], strict=True))
-    own = VARIANTS[name].flags
+    own = [word.format(folder=task.folder) for word in VARIANTS[name].flags]
     flags |= dict(zip(own[::2], own[1::2], strict=True))
     tokenizer = str(task.folder / "tokenizer")
     return [recipe, "--tokenizer", tokenizer, *(word for pair in flags.items() for word in pair if word)]
@@ -143,9 +157,10 @@ class Timed:
         shape = load_tokenizer(task.folder / "tokenizer")[0].latent_shape
         torch.manual_seed(0)
         self.model = LatentModel(made.model, shape, 10)
-        self.optimizers = make_optimizers(self.model, made.train, torch.device("cpu"))
         size = made.train.batch_size
-        self.batch = LatentBatch(torch.randn(size, *shape), torch.arange(size) % 10)
+        maps = random_maps(made, self.model, size, torch.Generator().manual_seed(0))
+        self.batch = LatentBatch(torch.randn(size, *shape), torch.arange(size) % 10, features=maps)
+        self.optimizers = make_optimizers(self.model, made.train, torch.device("cpu"))
 
     def turn(self) -> float:
         """Seconds of a step, mean over one turn."""
@@ -223,6 +238,9 @@ def main(task: Ablation) -> None:
     torch.set_num_threads(1)
     tokenizer = ["--out", str(task.folder / "tokenizer"), "--preview-seconds", "0", "--resume", "auto"]
     train_tokenizer.command([RECIPES[task.data][0], *tokenizer])
+    if any(TEACHER[0] in VARIANTS[name].flags for name in task.variants):
+        data = TOKENIZER_RECIPES[RECIPES[task.data][0]]().data
+        train_features.train(train_features.FeaturesTask(task.folder / "teacher", data, resume="auto"))
     seconds = step_seconds(task)
     measured: dict[tuple[str, int, str], dict[str, Any]] = {}
     for seed in task.seeds:

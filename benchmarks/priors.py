@@ -2,8 +2,8 @@
 
     python benchmarks/priors.py --data digits --rules halton maskgit --nfe 1 4 16 --folder runs/priors
         --json benchmarks/results/priors_digits.json
-    python benchmarks/priors.py --data mnist5k --tokenizers fsq --rules halton maskgit --nfe 8 64 --folder runs/priors-mnist5k
-        --json benchmarks/results/priors_mnist5k.json
+    python benchmarks/priors.py --data mnist5k --tokenizers fsq --rules halton maskgit --nfe 8 64 --blocks 1
+        --folder runs/priors-mnist5k --json benchmarks/results/priors_mnist5k.json
 
 1. For every training seed tokenizers of one network and equally many codes, FSQ, FSP and VQ, 512 each (midway train tokenizer).
 2. On each a causal and a masked prior by the recipes of the data (midway train prior), the same for all tokenizers but in that
@@ -67,6 +67,8 @@ class Comparison:
     """Of the masked priors."""
     nfe: tuple[int, ...] = ()
     """Their budgets (default: those of midway evaluate)."""
+    blocks: int = 4
+    """Blocks of images of each figure, as many images each as are held out."""
     steps: int | None = None
     """Optimizer steps of a prior (default: those of its recipe)."""
 
@@ -108,6 +110,7 @@ def sweep_of(task: Comparison, seed: int, tokenizer: str) -> Sweep:
     causal, masked = (str(place(task, seed, tokenizer, kind)) for kind in KINDS)
     out = str(task.folder / f"report-{seed}-{tokenizer}")
     words = ["--model", causal, "--priors", masked, "--prior-rules", ",".join(task.rules), "--out", out]
+    words += ["--blocks", str(task.blocks)]
     if task.nfe:
         words += ["--prior-nfe", ",".join(map(str, task.nfe))]
     return evaluate.run(evaluate.resolve(evaluate.EvaluateTask, {}, words))

@@ -103,6 +103,9 @@ def sweep_picture(page: Path, name: str, measurements: list[Measurement]) -> str
 
 
 COLUMNS: dict[str, dict[str, str]] = {
+    "peer_parameters": {"": "{name}", "ours": "{ours:,.0f} ms", "parameters": "{parameters:,}"}
+    | {"theirs": "{peer:,.0f} ms", "their parameters": "{peer_parameters:,}", "rate": "{ratio:.2f}"}
+    | {"quartiles": "{quartiles[0]:.2f} to {quartiles[1]:.2f}", "aimed at": "{target}"},
     "ratio": {"": "{name}", "beside": "{peer_name}", "ours": "{ours:.3g}", "theirs": "{peer:.3g}"}
     | {"unit": "{unit}", "rate": "{ratio:.2f}", "aimed at": "{target}"},
     "resident": {
@@ -132,6 +135,8 @@ def benchmark_block(found: dict[str, Any]) -> str:
         return variants_block(found)
     if "mup" in rows[0]:
         return rates_block(found)
+    if "finetuned" in rows[0]:
+        return finetuning_block(found)
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
     if kind is None:
         return ablation_block(rows)
@@ -231,7 +236,7 @@ def priors_block(found: dict[str, Any]) -> str:
     sampled = next(row for row in rows if row["nfe"])
     held = [sum(line["held"] for line in group) for group in _by_figure(found["verdicts"])]
     of = [len(group) for group in _by_figure(found["verdicts"])]
-    images = f"n = {sampled['n']} images per block, {sampled['blocks']} blocks, seeds {sampled['seeds']}"
+    images = f"n = {sampled['n']} images per block, {sampled['blocks']} block(s), seeds {sampled['seeds']}"
     facts = (
         f"Means and standard deviations over {len(found['training_seeds'])} trainings of tokenizer and prior, seconds on one "
         f"thread; {images}, reference `{sampled['reference']}`. At its largest budget a prior is within twice its ceiling "
@@ -277,6 +282,32 @@ def _variant(cell: dict[str, Any]) -> str:
         if cell["verdict"] == "better"
         else f"{shown} {cell['verdict']}"
     )
+
+
+def finetuning_block(found: dict[str, Any]) -> str:
+    """Distances of benchmarks/finetuning.py in two feature spaces, and what each training took."""
+    first, least = found["rows"][0], {}
+    other = next(name for name in first if name.endswith("_distance") and not name.startswith("floor_"))
+    for name in ("distance", other):
+        least[name] = min(row[name] for row in found["rows"])
+    lines = [
+        f"| | rate | parameters that train | stored | seconds | distance | {other.removesuffix('_distance')} |",
+        "| --- " + "| ---: " * 6 + "|",
+    ]
+    for row in found["rows"]:
+        cells = [f"{row[name]:.3g} ± {row[f'{name}_error']:.2g}" for name in least]
+        cells = [f"**{cell}**" if row[name] == least[name] else cell for name, cell in zip(least, cells, strict=True)]
+        took = [f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['bytes'] / 1000:,.0f} kB", f"{row['seconds']:.0f}"]
+        lines.append(
+            f"| {row['finetuned']} | {' | '.join(took if row['steps'] else ['', '', '', ''])} | {' | '.join(cells)} |"
+        )
+    floor = " | ".join(f"{first[f'floor_{name}']:.3g}" for name in least)
+    lines.append(f"| floor | | | | | {floor} |")
+    facts = (
+        f"{found['rows'][-1]['steps']} steps, one training each; n = {first['n']} images per block, {first['blocks']} blocks; "
+        f"features `{first['features']}` and `{first['further']}`, reference `{first['reference']}`; {found['hardware']}."
+    )
+    return "\n".join(lines) + f"\n\n{facts}\n"
 
 
 def rates_block(found: dict[str, Any]) -> str:

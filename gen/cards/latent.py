@@ -13,12 +13,19 @@ from midway.gen.core.runs import Run
 from midway.gen.core.text import markdown
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.adapters import Adapter
 from midway.gen.diffusion.description import DescribedModel
 from midway.gen.diffusion.model import LatentModel
 from midway.tokenizers.hub import LICENSE
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 FOLDER = "model"
+ADAPTER_USAGE = """\
+from pathlib import Path
+from midway import LatentModel
+from midway.gen.diffusion.adapters import Adapter, merged
+model = merged(LatentModel.from_pretrained("base"), Adapter.load(Path()))"""
+"""Python that adds the adapter of the current folder to the weights of its base."""
 
 
 def finish_model(run: Run, model: DescribedModel, tokenizer: ImageTokenizer, text: str) -> Path:
@@ -60,3 +67,18 @@ def model_card(
     }
     tags = ("latent-model", options.schedule, "image-generation")
     return card(f"Latent model: {options.schedule}, {size}, {name}", license, tags, sections, options.usage)
+
+
+def adapter_card(
+    adapter: Adapter, model: LatentModel, config: DataConfig, train: ImageData, weights: Rows, license: str = LICENSE
+) -> str:
+    """The card of an adapter trained on these images, `model` with it. UsageError as `card`."""
+    own = {
+        "base": f"{adapter.place}, hash {adapter.base}",
+        "layers": len(adapter.factors),
+        "parameters": f"{adapter.size:,}",
+        "classes": model.classes or "none",
+    }
+    sections = {"Adapter": own, "Data": data_rows(config, train), "Weights": weights, "Environment": environment_rows()}
+    tags = ("latent-model", "lora", "image-generation")
+    return card(f"Adapter of {markdown(adapter.place)}: {markdown(train.name)}", license, tags, sections, ADAPTER_USAGE)

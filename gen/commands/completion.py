@@ -15,6 +15,7 @@ import tyro
 from midway.gen.commands.main import COMMANDS
 from midway.gen.flags.cli import resolve
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
+from midway.gen.recipes.finetune_recipes import FINETUNE_RECIPES
 from midway.gen.recipes.prior_recipes import PRIOR_RECIPES
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.trainings import solver_tasks
@@ -43,6 +44,7 @@ def recipes_of(name: str) -> list[str]:
     found = {
         "train tokenizer": TOKENIZER_RECIPES,
         "train latent": LATENT_RECIPES,
+        "finetune": FINETUNE_RECIPES,
         "train prior": PRIOR_RECIPES,
         "train baseline": BASELINE_RECIPES,
         "train solver": solver_tasks.recipes(),

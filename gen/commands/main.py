@@ -25,6 +25,7 @@ class Command:
 TRAININGS = {
     "train tokenizer": Command("trainings.train_tokenizer", "an image tokenizer: FSQ, VQ, LFQ, residual, KL, ..."),
     "train latent": Command("trainings.train_latent", "a latent diffusion or flow model on a tokenizer"),
+    "finetune": Command("trainings.finetune", "a latent model on other images, by adapters (LoRA) or as a whole"),
     "train prior": Command("trainings.train_prior", "a causal or masked prior over a tokenizer's codes"),
     "train solver": Command("trainings.train_solver", "a solver for one model: AMED, a learned table, ..."),
     "train baseline": Command("trainings.train_baseline", "a VAE, NICE, RealNVP, Glow or TarFlow"),
@@ -48,6 +49,8 @@ TOOLS = {
     "data check": Command("commands.data", "look at images before training on them", True, "check_command"),
     "data build": Command("commands.data", "a set larger than memory, in few large files", True, "build_command"),
     "import-tokenizer": Command("commands.import_tokenizer", "an autoencoder of diffusers", True),
+    "import-model": Command("trainings.import_model", "weights of DiT, SiT, LightningDiT, diffusers", True),
+    "merge-adapter": Command("trainings.merge_adapter", "a latent model with an adapter added to its weights", True),
     "posthoc-ema": Command("commands.posthoc_ema", "averages of other lengths, after training", True),
     "verify-resume": Command("commands.verify_resume", "check that resuming a run is exact"),
     "completion": Command("commands.completion", "a script that completes commands and flags in a shell", True),

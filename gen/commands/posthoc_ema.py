@@ -21,7 +21,7 @@ from midway.gen.core.files import read_tensors, reading
 from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.places import data_of, recorded_fingerprint
 from midway.gen.flags.cli import own_fields, resolve
-from midway.gen.flags.tasks import LatentTask, PriorTask
+from midway.gen.flags.tasks import FinetuneTask, LatentTask, PriorTask
 from midway.gen.priors.load import KIND as PRIOR
 from midway.gen.training.power_ema import find_snapshots, reconstruct
 
@@ -81,7 +81,7 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
     """What the source was trained with, and where the average comes from."""
-    of = PriorTask if source.kind == PRIOR else LatentTask
+    of = PriorTask if source.kind == PRIOR else FinetuneTask if "method" in source.config else LatentTask
     fix = f"give a run that midway train {'prior' if source.kind == PRIOR else 'latent'} made"
     trained = to_record(from_file(of, own_fields(of, source.config), source.path / "config.yaml", fix))
     origin = {"origin": source.config["origin"]} if "origin" in source.config else {}

@@ -15,6 +15,7 @@ from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.core.runs import kind_of as run_kind
 from midway.gen.core.text import echo, printable
 from midway.gen.data.external import fingerprint
+from midway.gen.diffusion.adapters import load_adapted
 from midway.gen.diffusion.inversion import (
     SavedNoise,
     from_latents,
@@ -23,7 +24,7 @@ from midway.gen.diffusion.inversion import (
     noise_of_state,
     rest_of,
 )
-from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Start, decode, encode, sample_latents
@@ -72,8 +73,8 @@ def run(task: SampleTask) -> None:
         drawing, warnings = prior_drawing(task, prior)
         warn(process, *unfinished(prior.run), *warnings)
         return write(task, drawing, kind, process, prior.weights)
-    trained = load_model(task.model, device)
-    warn(process, *unfinished(trained.run))
+    trained = load_adapted(task.model, task.adapter, device)
+    warn(process, *unfinished(task.model, trained.run))
     check_latent(task)
     task = with_solver(task, trained.model)
     task.apply_tiles(trained.tokenizer)
@@ -140,7 +141,8 @@ def with_solver(task: SampleTask, model: LatentModel) -> SampleTask:
 # ---- priors ----
 
 OF_SOLVERS = (
-    "init strength invert noise parallel tolerance window rtol atol guidance_interval guide analytic_first eta graph"
+    "init strength invert noise parallel tolerance window rtol atol guidance_interval guide adapter analytic_first eta "
+    "graph"
 )
 """Flags without effect on priors."""
 

@@ -32,16 +32,16 @@ from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.places import DataPathFlag, images_at, moved_run, splits_of
 from midway.gen.data.splits import Splits
 from midway.gen.flags.cli import own_fields, resolve
-from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerTask
+from midway.gen.flags.tasks import FinetuneTask, LatentTask, PriorTask, TokenizerTask
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from midway.gen.trainings import (
+    finetune,
     prior_parts,
     train_baseline,
     train_features,
-    train_latent,
     train_solver,
     train_tokenizer,
 )
@@ -57,7 +57,7 @@ class VerifyTask(DataPathFlag):
     """Replay steps from a checkpoint of a run, with and without a stop, and compare."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a tokenizer, latent model, prior, baseline, feature network or learned solver."""
+    """Run directory of a tokenizer, latent model, adapter, prior, baseline, feature network or learned solver."""
     steps: int = 20
     """Optimizer steps to replay, at least 2."""
     tokenizer: Path | None = None
@@ -79,7 +79,8 @@ class Kind:
 
 KINDS = {
     "tokenizer": Kind(lambda _: TokenizerTask, train_tokenizer.make_parts),
-    "latent_model": Kind(lambda _: LatentTask, train_latent.make_parts),
+    "latent_model": Kind(finetune.latent_task, finetune.latent_parts),
+    "adapter": Kind(lambda _: FinetuneTask, finetune.make_parts),
     "prior": Kind(lambda _: PriorTask, prior_parts.make_parts),
     "features": Kind(lambda _: train_features.FeaturesTask, train_features.make_parts, one_thread),
     "solver": Kind(lambda _: train_solver.SolverTask, train_solver.make_parts),
@@ -155,8 +156,10 @@ def in_place(task: VerifyTask, run: Run, job: Any) -> tuple[Any, Splits | None]:
             others["reflow"] = replace(job.reflow, source=moved_run(run, job.reflow.source))
         tokenizer = task.tokenizer or moved_run(run, job.tokenizer)
         return replace(job, tokenizer=tokenizer, data_path=task.data_path, **others), None
+    if isinstance(job, train_solver.SolverTask | FinetuneTask):
+        job = replace(job, model=moved_run(run, job.model))
     if isinstance(job, train_solver.SolverTask):
-        return replace(job, model=moved_run(run, job.model)), None
+        return job, None
     return job, splits_of(run, images_at(run, task.data_path))
 
 

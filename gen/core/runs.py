@@ -42,8 +42,8 @@ CONFIG = "config.yaml"
 UNUSED = (CONFIG, "env.json", "log.txt", "samples", LOCK)
 """All that is in a run whose training has not begun; of samples/ nothing."""
 OWN = re.compile(
-    r"env\.json|metrics\.jsonl|log\.txt|checkpoints|best|posthoc|samples|tokenizer|model|solver|solvers|report(-step-\d+)?|latents-.*\.safetensors"
-    r"|latents-[0-9a-f]{8}-[0-9a-f]{8}(-flip|-crops10)?(-b?float16)?|codes-[0-9a-f]{8}-[0-9a-f]{8}(-flip|-crops10)?|pairs-[0-9a-f]{12}|midway|\.aim|mlruns|wandb|\.verify"
+    r"env\.json|metrics\.jsonl|log\.txt|checkpoints|best|posthoc|samples|tokenizer|model|adapter|solver|solvers|report(-step-\d+)?|latents-.*\.safetensors"
+    r"|latents-[0-9a-f]{8}-[0-9a-f]{8}(-flip|-crops10)?(-b?float16)?|codes-[0-9a-f]{8}-[0-9a-f]{8}(-flip|-crops10)?|pairs-[0-9a-f]{12}|maps-[0-9a-f]{8}-[0-9a-f]{8}-\d+x\d+-views\d+|midway|\.aim|mlruns|wandb|\.verify"
 )
 """What commands write into a run, trackers among them, beside its configuration and lock: anything else is the user's."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.files import state_hash
 from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
+from midway.gen.diffusion.inputs import Inputs
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.unet import UNetConfig
 from midway.gen.objectives.jump_config import JumpConfig, Objective, check_jumps, own_solver
@@ -89,6 +90,9 @@ class LatentModelConfig:
     network: Literal["dit", "unet"] = "dit"
     """A transformer, or diffusers' U-Net."""
     unet: UNetConfig = field(default_factory=UNetConfig)
+    inputs: Inputs = "own"
+    """What the network gets and predicts. own: the angle of the noise level, and states and targets scaled to unit variance. Of
+    imported networks, with states and targets as they are: ddpm, a timestep; sit, 1 - t."""
 
     def __post_init__(self) -> None:
         check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
@@ -98,6 +102,7 @@ class LatentModelConfig:
         for name, value, plain in (("dit", self.dit, DiTConfig()), ("unet", self.unet, UNetConfig())):
             if name != self.network and value != plain:
                 raise ValueError(f"settings of {name} have no effect with network {self.network}: drop them")
+        check_inputs(self.inputs, self.schedule, self.is_jump)
         for name, of, chosen in (("time_mode", "mode", self.time), ("min_snr_gamma", "min_snr", self.weight)):
             value, plain = getattr(self, name), type(self).__dataclass_fields__[name].default
             if chosen != of and value != plain:
@@ -142,6 +147,15 @@ class LatentModelConfig:
     def make_schedule(self) -> Schedule:
         """The schedule this names."""
         return SCHEDULES[self.schedule]()
+
+
+def check_inputs(inputs: Inputs, schedule: str, is_jump: bool) -> None:
+    """ValueError for networks of others on another process than theirs, and for ones that jump."""
+    theirs = {"ddpm": "vp", "sit": "linear"}.get(inputs, schedule)
+    if schedule != theirs:
+        raise ValueError(f"inputs {inputs} are of networks on schedule {theirs}, not {schedule}: change one of the two")
+    if is_jump and inputs != "own":
+        raise ValueError(f"inputs {inputs} are of networks at one time, which do not jump: use objective flow")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ A sampler knows the times of all evaluations: `at` and `jumps` embed them all at
 evaluation the network and one scaling of its input (none where alpha^2 + sigma^2 = 1).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from midway.gen.diffusion.description import LatentModelConfig
+from midway.gen.diffusion.inputs import network_time
 from midway.gen.networks.network import Network
 from midway.gen.objectives.weights import LossLevel
 from midway.gen.training.batches import Context
@@ -129,17 +129,19 @@ def _evaluations(model: Denoiser, labels: Tensor, times: tuple[float, ...], more
     """At times, with further inputs (E,) of the network, float64 on the host."""
     t = torch.tensor(times, dtype=torch.float64)
     alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
+    own = model.config.inputs == "own"
     pairs = x0_coefficients(model.config.target, model.schedule, times)
     scales = zip(pairs, model.output_scale(t).tolist(), strict=True)
-    coefficients = tuple((p, q * scale) for (p, q), scale in scales)
+    coefficients = tuple((p, q * scale) for (p, q), scale in scales) if own else tuple(pairs)
     dtype = torch.promote_types(model.network.dtype, torch.float32)
 
     def placed(values: Tensor) -> Tensor:
         return on_device(tuple(values.tolist()), dtype, labels.device)
 
     inputs = {name: placed(values) for name, values in more.items()}
-    conditions = model.network.conditions(placed(noise_angle(alpha, sigma)), labels, inputs)
-    norms = torch.hypot(alpha, sigma).tolist()
+    clock = network_time(model.config.inputs, t, alpha, sigma)
+    conditions = model.network.conditions(placed(clock), labels, inputs)
+    norms = torch.hypot(alpha, sigma).tolist() if own else [1.0] * len(times)
     values = [_evaluation(model.network, *pair) for pair in zip(norms, conditions, strict=True)]
     return Evaluations(coefficients, values)
 
@@ -149,11 +151,6 @@ def _evaluation(network: Network, scale: float, condition: Tensor) -> Callable[[
         return network(x if abs(scale - 1) < 1e-12 else x / scale, condition=condition).value
 
     return evaluate
-
-
-def noise_angle(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The network's time, 2/pi atan2(sigma, alpha) in [0, 1]."""
-    return 2 / math.pi * torch.atan2(sigma, alpha)
 
 
 def pool(hidden: Tensor) -> Tensor:

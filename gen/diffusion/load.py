@@ -174,8 +174,19 @@ class Posthoc:
     step: int
 
 
+@dataclass(frozen=True)
+class Source:
+    """What midway import-model writes into config.yaml: whose names the weights had, their file and its hash."""
+
+    layout: str
+    file: str
+    sha256: str
+
+
 def which_weights(run: Run, averaged: bool) -> str:
     """`averaged` by what, or `newest`."""
+    if "imported" in run.config:
+        return f"imported from {run.part('imported', Source).file}"
     if "posthoc" in run.config:
         return f"averaged post hoc, width {run.part('posthoc', Posthoc).std}"
     return f"averaged, EMA {run.part('train', TrainConfig).ema}" if averaged else "newest"

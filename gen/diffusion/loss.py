@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.diffusion.description import LatentModelConfig
-from midway.gen.diffusion.field import Denoiser, noise_angle
+from midway.gen.diffusion.field import Denoiser
+from midway.gen.diffusion.inputs import noise_angle
 from midway.gen.objectives import errors, jumps
 from midway.gen.objectives.jump_config import DERIVATIVE
 from midway.gen.objectives.weights import weight

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from midway.gen.core.files import state_hash
 from midway.gen.diffusion.description import DescribedModel, Description, LatentModelConfig
-from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, noise_angle, pool
+from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, pool
+from midway.gen.diffusion.inputs import network_time, noise_angle, noise_levels
 from midway.gen.diffusion.loss import flow_loss, jump_loss
 from midway.gen.networks.dit import DiT
 from midway.gen.networks.dit_config import DiTConfig
@@ -35,7 +36,6 @@ from midway.gen.objectives.errors import check_errors
 from midway.gen.objectives.jump_config import check_jump_guidance
 from midway.gen.objectives.weights import LossLevel
 from midway.gen.training.batches import Context, LatentBatch
-from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
 from midway.samplers.guidance_checks import TrainedOn, check_guide, check_interval, check_labels, check_scale
 from midway.samplers.prediction import ONE_TIME, Field, Prediction, expand, solve, target_coefficients
@@ -139,7 +139,12 @@ class LatentModel(DescribedModel):
     @property
     def time_range(self) -> tuple[float, float]:
         """The least and the greatest time that is trained, and that grids sample."""
-        return _range(self.schedule)
+        return _range(self.schedule, *self.noise_levels)
+
+    @property
+    def noise_levels(self) -> tuple[float, float]:
+        """(rho_min, rho_max) on which the network is trained, within those of grids."""
+        return noise_levels(self.config.inputs)
 
     def forward_network(
         self,
@@ -162,7 +167,10 @@ class LatentModel(DescribedModel):
             self.network._call_impl if bare else self.network
         )  # hooks act: they gather the parts of a sharded network
         more = self.further(t, t if r is None else r, guidance)
-        return network(x / expand(scale, x), noise_angle(alpha, sigma), labels, context, more=more)
+        inputs = self.config.inputs
+        state, clock = x if inputs != "own" else x / expand(scale, x), network_time(inputs, t, alpha, sigma)
+        value, hidden = network(state, clock, labels, context, more=more)
+        return value if inputs == "own" else value / expand(self.output_scale(t), value), hidden
 
     def further(self, t: Tensor, r: Tensor, guidance: Tensor | float | None = None) -> dict[str, Tensor]:
         """What a network of jumps gets beside the time, for t, r and guidance scales (B,) or one of all; {} of another."""
@@ -275,6 +283,6 @@ def make_network(
 
 
 @lru_cache
-def _range(schedule: Schedule) -> tuple[float, float]:
-    low, high = schedule.time_of_rho(torch.tensor([RHO_MIN, RHO_MAX], dtype=torch.float64)).tolist()
+def _range(schedule: Schedule, rho_min: float, rho_max: float) -> tuple[float, float]:
+    low, high = schedule.time_of_rho(torch.tensor([rho_min, rho_max], dtype=torch.float64)).tolist()
     return low, high

@@ -4,9 +4,9 @@ Invalid combinations raise UsageError here, before the first sample is drawn, wi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -76,6 +76,9 @@ class SamplerConfig:
         return SamplingConfig(guidance, self.batch_size, self.precision, self.graph, self.draw)
 
 
+Config = TypeVar("Config", bound=SamplerConfig)
+
+
 def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: SamplerConfig) -> Table:
     """The table of a named solver at exactly `nfe` evaluations; UsageError for a name or a budget that does not exist."""
     if solver not in SOLVERS:
@@ -127,6 +130,7 @@ def build_table(
 
 def fitting_nfe(trained: TrainedModel, config: SamplerConfig, sampler: Sampler) -> int:
     """Passes of samples through the networks that fitting the grid of a sampler costs, were it fitted alone."""
+    config = within(config, trained)
     fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
     return fit.spent.get(sampler.hash, fit.nfe)
 
@@ -180,11 +184,20 @@ def is_reachable(solver: str, nfe: int, analytic_first: bool) -> bool:
         return False
 
 
+def within(config: Config, trained: TrainedModel) -> Config:
+    """The same with grids that stay on noise levels that an imported network was trained on; all of them, for a model of ours."""
+    if trained.model.config.inputs == "own":
+        return config
+    least, most = trained.model.noise_levels
+    return replace(config, rho_max=min(config.rho_max, most), rho_min=max(config.rho_min, least))
+
+
 def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
     """One sampler per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
     for grid in config.grids:
         check_grid(grid)
     check_guidance(config.sampling().guidance, config.weak, trained)
+    config = within(config, trained)
     if trained.model.config.is_jump or solver in JUMPS:
         return _jumps(trained, solver, nfe, config)
     if solver == ADAPTIVE:

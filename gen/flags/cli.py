@@ -39,7 +39,7 @@ NAMES = {
     **dict.fromkeys(("--features", "--early.features"), check_feature_names),
 }
 """Flags that take a name or a path, and their check of names that something in the current directory has too."""
-RECORDED = ("kind", "data", "posthoc", "baseline", "origin")
+RECORDED = ("kind", "data", "posthoc", "merged", "baseline", "origin")
 
 
 @dataclasses.dataclass(frozen=True)

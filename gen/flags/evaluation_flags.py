@@ -55,7 +55,7 @@ class EvaluateTask(DataPathFlag, TileFlags, PriorFlags, SamplingFlags):
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of the first feature space (default: installed, in the cache, or downloaded)."""
     out: Path | None = None
-    """Directory to write (default: report/ in the model's run; needed without --model)."""
+    """Directory to write (default: report/ in the run of the model, or of its --adapter; needed without --model)."""
     repeats: tuple[Path, ...] = ()
     """Run directories of trainings of the same configuration with other seeds: figures become means over trainings, and error
     bars their deviation. Learned solvers must have been learned for each."""
@@ -276,7 +276,7 @@ def blocks(task: EvaluateTask) -> int:
 def folder(task: EvaluateTask) -> Path:
     """Where the report goes."""
     if task.out is None and task.model is not None:
-        run, step = split_step(task.model)
+        run, step = split_step(task.adapter or task.model)
         return check_path(run / ("report" if step is None else f"report-step-{step}"))
     if task.out is None:
         raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")

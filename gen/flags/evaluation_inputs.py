@@ -57,7 +57,9 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
 
 def model_warnings(task: EvaluateTask) -> tuple[str, ...]:
     """Of every run that the flags name and whose training is not finished."""
-    return unfinished(task.model, *task.repeats, *task.few_step, *task.priors, *task.baselines, *names(task.features))
+    return unfinished(
+        task.model, task.adapter, *task.repeats, *task.few_step, *task.priors, *task.baselines, *names(task.features)
+    )
 
 
 def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
@@ -102,9 +104,17 @@ def defaults_of(trained: TrainedModel | None) -> Defaults:
 
 def open_main(task: EvaluateTask, device: torch.device) -> "TrainedModel | TrainedPrior | None":
     """The latent model or prior of --model, in tiles if --tile has them."""
+    prior = task.model is not None and kind_of(task.model) == PRIOR
+    if task.adapter is not None and (task.model is None or prior):
+        what, why = f"--adapter {task.adapter}", "it is of a latent model, and --model names none"
+        raise UsageError(what, why, "give its --model, or drop it")
     if task.model is None:
         return None
-    if kind_of(task.model) == PRIOR:
+    if task.adapter is not None:
+        from midway.gen.diffusion.adapters import load_adapted
+
+        found = load_adapted(task.model, task.adapter, device)
+    elif prior:
         from midway.gen.priors.load import load_prior
 
         found = load_prior(task.model, device)

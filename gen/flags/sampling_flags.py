@@ -27,6 +27,8 @@ class SamplingFlags:
     """Guide only noise levels sigma / alpha above the first and up to the second number."""
     guide: Path | None = None
     """Autoguidance: run directory of a smaller or less trained model of the same kind, in place of the missing class."""
+    adapter: Path | None = None
+    """Run directory of an adapter of --model (midway finetune), or a folder of one: it is added to the weights."""
     analytic_first: bool = False
     """Replace the first evaluation by the analytic direction (odd budgets for two-stage solvers)."""
     eta: float = 0.0

@@ -15,6 +15,7 @@ from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import Flat
 from midway.gen.flags.sampling_flags import TileFlags
+from midway.gen.networks.adapters import AdapterConfig
 from midway.gen.objectives.alignment import AlignConfig
 from midway.gen.priors.config import PriorConfig, PriorOnlineConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -174,6 +175,22 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)
     """Settings of --measure-every."""
+
+
+@dataclass(frozen=True)
+class FinetuneTask(TrainingTask):
+    """Train a latent model further on other images: small matrices beside its weights, or all of its weights."""
+
+    model: Path
+    """Run directory of the latent model. It stays as it is; its tokenizer is used."""
+    data: Annotated[DataConfig, Flat]
+    method: Literal["adapter", "full"] = "adapter"
+    """What learns. adapter: matrices of low rank beside the layers of attention and MLP, and labels of new classes. full: all
+    weights."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Of the method adapter."""
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
 
 
 @dataclass(frozen=True)

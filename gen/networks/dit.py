@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.elementwise import GELU, gated, modulate, plus
 from midway.gen.networks.layers import (
+    Pairs,
     SwiGLU,
     drop,
     make_norm,
-    modulate,
     normed,
     number_embedding,
     places_2d,
@@ -53,10 +54,12 @@ class Attention(nn.Module):
         width, channels = config.width, config.width // config.heads
         self.heads, self.mix = config.heads, MIXERS[config.mixer]
         self.scale: Scale = config.attention_scale
+        self.pairs: Pairs = config.details.rope_pairs
         self.base_channels = config.head_channels
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.RMSNorm(channels) if config.qk_norm else None
-        self.norm_k = nn.RMSNorm(channels) if config.qk_norm else None
+        eps = config.details.qk_norm_eps
+        self.norm_q = nn.RMSNorm(channels, eps) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(channels, eps) if config.qk_norm else None
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
@@ -65,7 +68,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, channels).permute(2, 0, 3, 1, 4)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = normed(q, self.norm_q), normed(k, self.norm_k)
-        mixed = self.mix(q, k, v, turn, logit_scale(self.scale, tokens, channels, self.base_channels))
+        mixed = self.mix(q, k, v, turn, logit_scale(self.scale, tokens, channels, self.base_channels), self.pairs)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -76,12 +79,14 @@ class Block(Recomputed):
         super().__init__()
         self.dropout, self.layer = config.dropout, layer
         width, inner, own = config.width, int(config.width * config.mlp_ratio), config.conditioning == "tokens"
-        self.norm_1, self.norm_2 = make_norm(config.norm, width, own), make_norm(config.norm, width, own)
+        gains = own or config.details.norm_gains
+        self.norm_1 = make_norm(config.norm, width, gains)
+        self.norm_2 = make_norm(config.norm, width, gains, config.details.mlp_norm_eps)
         self.attention = Attention(config)
         if config.mlp == "swiglu":
             self.mlp = SwiGLU(width, swiglu_width(width, config.mlp_ratio))
         else:
-            self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+            self.mlp = nn.Sequential(nn.Linear(width, inner), GELU(), nn.Linear(inner, width))
         self.modulation = None if own else nn.Linear(width, 6 * width)
 
     def start_as_identity(self) -> None:
@@ -95,11 +100,11 @@ class Block(Recomputed):
     ) -> Tensor:
         """x (B, N, W) -> (B, N, W), for the modulation's condition (B, W); with a context, under dropout."""
         if self.modulation is None:
-            x = x + self._mixed(self.norm_1(x), context, turn)
-            return x + self._inner(self.norm_2(x), context)
+            x = plus(self._mixed(self.norm_1(x), context, turn), x)
+            return plus(self._inner(self.norm_2(x), context), x)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=1)
-        x = x + gate_1[:, None] * self._mixed(modulate(self.norm_1(x), shift_1, scale_1), context, turn)
-        return x + gate_2[:, None] * self._inner(modulate(self.norm_2(x), shift_2, scale_2), context)
+        x = gated(self._mixed(modulate(self.norm_1(x), shift_1, scale_1), context, turn), gate_1, x)
+        return gated(self._inner(modulate(self.norm_2(x), shift_2, scale_2), context), gate_2, x)
 
     def _mixed(self, x: Tensor, context: Context | None, turn: Tensor | None) -> Tensor:
         return drop(self.attention(x, turn), self.dropout, context, f"dropout {self.layer} attention")
@@ -123,6 +128,7 @@ class DiT(Network):
                 f"latents of {height}x{width} cannot be cut into patches of {config.patch}: choose a divisor"
             )
         self.feature_dim, self.time_scale = config.width, config.time_scale
+        self.time_intervals = config.details.time_intervals
         self.config, self.channels, self.grid = config, channels, (height // config.patch, width // config.patch)
         self.front = TIME_TOKENS + CLASS_TOKENS if config.conditioning == "tokens" else 0
         self.embed = nn.Linear(channels * config.patch**2, config.width)
@@ -132,7 +138,7 @@ class DiT(Network):
         self.prefix = nn.Parameter(torch.empty(self.front, config.width)) if self.front else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.taken = (config.depth - 1) // 2
-        self.norm = make_norm(config.norm, config.width, self.front > 0)
+        self.norm = make_norm(config.norm, config.width, self.front > 0 or config.details.norm_gains)
         self.modulation = None if self.front else nn.Linear(config.width, 2 * config.width)
         self.head = nn.Linear(config.width, channels * config.patch**2)
         self._initialise()
@@ -140,11 +146,12 @@ class DiT(Network):
 
     def _place(self, config: DiTConfig) -> None:
         """Buffers of positions: what is added, 0 where nothing is, and rotations; those of tokens in front are none."""
+        stored = config.details.stored_places
         added = positions_2d(*self.grid, config.width) * (config.positions != "rope")
-        self.register_buffer("positions", added, persistent=False)
+        self.register_buffer("positions", added, persistent=stored)
         places = torch.cat([torch.zeros(self.front, 2), places_2d(*self.grid)])
         turn = None if config.positions == "sincos" else rotation(places, config.width // config.heads)
-        self.register_buffer("turn", turn, persistent=False)
+        self.register_buffer("turn", turn, persistent=stored)
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -1,12 +1,33 @@
 """Sizes and blocks of the transformer of a latent model. The defaults of the switches are what runs without them have."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from midway.gen.core.ranges import LAYERS, RATIO, WIDTH, check_ranges
-from midway.gen.networks.layers import Norm
+from midway.gen.networks.layers import Norm, Pairs
 from midway.gen.networks.mixers import MixerName, Scale
 from midway.gen.networks.presets import DIT2023, SHORTHANDS, Shorthand
+
+
+@dataclass(frozen=True)
+class Details:
+    """What networks of others have otherwise than ours; `midway import-model` sets it (gen/foreign/)."""
+
+    stored_places: bool = False
+    """Whether added positions and rotations are part of the weights."""
+    rope_pairs: Pairs = "halves"
+    """Channels of a head that are rotated together: i and i + C / 2, or the neighbours 2 i and 2 i + 1."""
+    norm_gains: bool = False
+    """Whether norms have a gamma of their own besides the modulation."""
+    mlp_norm_eps: float = 1e-6
+    """What is added to the variance in the norm before the MLP."""
+    qk_norm_eps: float | None = None
+    """What is added to the mean square in the norms of queries and keys; None for the resolution of float32."""
+    time_intervals: int = 128
+    """Sinusoid i of 128 of the time has the frequency 10000^(-i / time_intervals)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, mlp_norm_eps=(1e-12, 1), time_intervals=WIDTH)
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,8 @@ class DiTConfig:
     """Softmax attention, or linear attention, whose cost is linear in the number of tokens."""
     attention_scale: Scale = "fixed"
     """Factor of softmax attention's logits: by the width of a head alone, or times sqrt(log(tokens) / log(256))."""
+    details: Details = field(default_factory=Details)
+    """Of imported networks."""
 
     mup_base_width: int = 0
     """muP: the width that start and learning rate are meant for; at others they are scaled, so that one serves all (0: off)."""

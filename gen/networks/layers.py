@@ -1,4 +1,4 @@
-"""What transformers over places in the plane share: positions, rotations, modulation, dropout, norms and gated layers.
+"""What transformers over places in the plane share: positions, rotations, dropout, norms and gated layers.
 
     LayerNorm  (x - mean) / std        RMSNorm  x / rms        DyT  tanh(alpha x)        each times gamma, plus beta
     SwiGLU     down(silu(a) * b),      (a, b) = up(x)
@@ -14,19 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midway.gen.networks.elementwise import times
 from midway.gen.training.batches import Context
 from midway.tokenizers.precision import widened
 
 Norm = Literal["layer", "rms", "dyt"]
+Pairs = Literal["halves", "neighbours"]
 PERIOD = 100.0
 """Of the slowest rotation, in positions over 2 pi: a grid has tens of positions a side."""
 
 
-def sinusoid(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """(N,) -> (N, dim): cosines and sines at `dim / 2` geometric frequencies, in float32 or float64."""
+def sinusoid(values: Tensor, dim: int, max_period: float = 10000.0, intervals: int | None = None) -> Tensor:
+    """(N,) -> (N, dim): cosines and sines at frequencies max_period^(-i / intervals), i < dim / 2, in float32 or float64.
+
+    `intervals` is dim / 2 by default.
+    """
     half, values = dim // 2, widened(values)
     steps = torch.arange(half, device=values.device, dtype=values.dtype)
-    angles = values[:, None] * torch.exp(-math.log(max_period) * steps / half)
+    angles = values[:, None] * torch.exp(-math.log(max_period) * steps / (intervals or half))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -34,11 +39,6 @@ def positions_2d(height: int, width: int, dim: int) -> Tensor:
     """(height * width, dim): half of the channels encode the row, half the column."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.cat([sinusoid(rows.flatten(), dim // 2), sinusoid(columns.flatten(), dim // 2)], dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, W) under shift, scale (B, W)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def drop(x: Tensor, share: float, context: Context | None, purpose: str) -> Tensor:
@@ -64,11 +64,12 @@ def rotation(places: Tensor, channels: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotated(x: Tensor, turn: Tensor) -> Tensor:
-    """x (B, heads, N, C), as C / 2 pairs (i, i + C / 2), by a `rotation` (2, N, C / 2) or (2, B, N, C / 2)."""
-    a, b = x.chunk(2, dim=-1)
+def rotated(x: Tensor, turn: Tensor, pairs: Pairs = "halves") -> Tensor:
+    """x (B, heads, N, C), as C / 2 pairs of channels, by a `rotation` (2, N, C / 2) or (2, B, N, C / 2)."""
+    a, b = x.chunk(2, dim=-1) if pairs == "halves" else x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = turn.unsqueeze(-3).to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    both = [a * cos - b * sin, a * sin + b * cos]
+    return torch.cat(both, dim=-1) if pairs == "halves" else torch.stack(both, dim=-1).flatten(-2)
 
 
 def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -100,12 +101,12 @@ class DyT(nn.Module):
         return squashed.to(x.dtype)
 
 
-def make_norm(kind: Norm, width: int, affine: bool) -> nn.Module:
+def make_norm(kind: Norm, width: int, affine: bool, eps: float = 1e-6) -> nn.Module:
     """A norm of the last axis; `affine`: with gamma and, but for rms, beta of its own."""
     if kind == "dyt":
         return DyT(width, affine)
     norm = RMSNorm if kind == "rms" else nn.LayerNorm
-    return norm(width, elementwise_affine=affine, eps=1e-6)
+    return norm(width, elementwise_affine=affine, eps=eps)
 
 
 def swiglu_width(width: int, ratio: float = 4.0) -> int:
@@ -116,7 +117,7 @@ def swiglu_width(width: int, ratio: float = 4.0) -> int:
 def swiglu(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     """x (*, W), up W -> 2 H and down H -> W."""
     gate, value = up(x).chunk(2, dim=-1)
-    return down(F.silu(gate) * value)
+    return down(times(F.silu(gate), value))
 
 
 class SwiGLU(nn.Module):

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from midway.gen.networks.layers import rotated
+from midway.gen.networks.layers import Pairs, rotated
 
 MixerName = Literal["softmax", "linear"]
 Scale = Literal["fixed", "tokens"]
@@ -23,15 +23,20 @@ TOKENS = 256
 
 
 class Mixer(Protocol):
-    """q, k, v (B, heads, N, C), a `rotation` (2, N, C / 2) or None, and the factor c of the logits -> (B, heads, N, C)."""
+    """q, k, v (B, heads, N, C), a `rotation` (2, N, C / 2) or None, the factor c of the logits, and the channels that are rotated
+    together -> (B, heads, N, C)."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, /) -> Tensor: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, pairs: Pairs = "halves", /
+    ) -> Tensor: ...
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, pairs: Pairs = "halves"
+) -> Tensor:
     """c is 1 / sqrt(C) where `scale` is None."""
     if turn is not None:
-        q, k = rotated(q, turn), rotated(k, turn)
+        q, k = rotated(q, turn, pairs), rotated(k, turn, pairs)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
@@ -40,12 +45,14 @@ def phi(x: Tensor) -> Tensor:
     return F.relu(x) + x.clamp(max=0).exp()
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None) -> Tensor:
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None, pairs: Pairs = "halves"
+) -> Tensor:
     """Has no logits, so `scale` does not act. Sums over tokens are means, which half precision can hold."""
     q, k = phi(q), phi(k) / k.shape[-2]
     total = q @ k.sum(-2)[..., None]
     if turn is not None:
-        q, k = rotated(q, turn), rotated(k, turn)
+        q, k = rotated(q, turn, pairs), rotated(k, turn, pairs)
     return q @ (k.transpose(-2, -1) @ v) / total
 
 

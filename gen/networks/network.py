@@ -41,6 +41,7 @@ class Network(nn.Module, ABC):
     grid: tuple[int, int]
     """Hidden tokens, by rows and columns."""
     time_scale: float
+    time_intervals: int = 128
     time: nn.Sequential
     label: nn.Embedding
     more: nn.ModuleDict
@@ -78,10 +79,13 @@ class Network(nn.Module, ABC):
         return self.join(self._times(noise_angle, more)[:, None], self.label(labels))
 
     def _times(self, noise_angle: Tensor, more: Mapping[str, Tensor]) -> Tensor:
-        found = self.time(sinusoid(self.time_scale * widened(noise_angle), 256).to(self.dtype))
+        found = self.time(self._sinusoids(noise_angle).to(self.dtype))
         for name, embedding in self.more.items():
             found = found + embedding(sinusoid(more[name], 256).to(self.dtype))
         return found
+
+    def _sinusoids(self, noise_angle: Tensor) -> Tensor:
+        return sinusoid(self.time_scale * widened(noise_angle), 256, intervals=self.time_intervals)
 
     def forward(
         self,

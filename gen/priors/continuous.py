@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from midway.gen.diffusion.field import noise_angle, start_state
+from midway.gen.diffusion.field import start_state
+from midway.gen.diffusion.inputs import noise_angle
 from midway.gen.diffusion.loss import loss_by_time
 from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, Prompt, begun, steps_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.diffusion.field import noise_angle
+from midway.gen.diffusion.inputs import noise_angle
 from midway.gen.diffusion.loss import noised
 from midway.gen.networks.layers import number_embedding, sinusoid
 from midway.gen.objectives.times import logit_normal, time_at

@@ -61,23 +61,31 @@ def digits_mar() -> PriorTask:
 
 
 def mnist5k_causal() -> PriorTask:
-    """64 tokens of 512 codes, one after the other. 4 min of one core; 180.7 bits an image on held-out digits, where
-    independent codes take 293.6 and a fixed length 576.
+    """64 tokens of 512 codes, one after the other. 4 min of one core; 172 bits an image on held-out digits, where independent
+    codes take 315 and a fixed length 576, with --model.split digits.
+
+    Fréchet distance (effnet-lite0, 64 axes) of 1,000 images 2.5, where the tokenizer alone has 2.0.
 
     midway train prior mnist5k-causal --tokenizer runs/mnist5k-fsq
     """
-    model = PriorConfig("causal", width=96, depth=4, heads=4, dropout=0.2)
-    train = replace(DIGITS, steps=900, batch_size=32, ema=0.99, validate_every=150, patience_validations=3)
+    model = PriorConfig("causal", width=128, depth=4, heads=4, dropout=0.3)
+    train = replace(
+        DIGITS, steps=900, batch_size=32, weight_decay=0.3, ema=0.99, validate_every=150, patience_validations=3
+    )
     return _prior("mnist5k-causal", "mnist5k-fsq", model, train)
 
 
 def mnist5k_masked() -> PriorTask:
-    """The same tokens in any order, in 1 to 64 evaluations. Not trained to its end yet.
+    """The same tokens in any order, in 1 to 64 evaluations. 13 min of one core; at most 197 bits, with --model.split digits.
+
+    Fréchet distance (effnet-lite0, 64 axes) of 1,000 images by maskgit 3.3 at 64 evaluations, 4.0 at 8.
 
     midway train prior mnist5k-masked --tokenizer runs/mnist5k-fsq
     """
-    model = PriorConfig("masked", width=96, depth=4, heads=4, dropout=0.1)
-    train = replace(DIGITS, steps=1800, batch_size=32, ema=0.99, validate_every=300, patience_validations=3)
+    model = PriorConfig("masked", width=128, depth=4, heads=4, dropout=0.3)
+    train = replace(
+        DIGITS, steps=1800, batch_size=32, weight_decay=0.3, ema=0.99, validate_every=300, patience_validations=3
+    )
     return _prior("mnist5k-masked", "mnist5k-fsq", model, train)
 
 

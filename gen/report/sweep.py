@@ -9,9 +9,10 @@ from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import markdown, printable
 from midway.gen.evaluation.comparing import check_comparable, training_costs
 from midway.gen.evaluation.records import to_records
+from midway.gen.report.drawing import Drawing
 from midway.gen.report.html import Block
 from midway.gen.report.notes import answer
-from midway.gen.report.plots import PNGS, distance_png, drawings
+from midway.gen.report.plots import PNGS, distance_png, drawings, guidance_drawing
 from midway.gen.report.sections import baseline_table, choice_table, prior_table
 from midway.gen.report.sweep_page import Pictures, provenance, report_html
 from midway.gen.report.sweep_tables import (
@@ -44,6 +45,7 @@ FILES = (
     "distance_vs_nfe.png",
     "distance_vs_seconds.png",
     "exact_vs_nfe.png",
+    "distance_vs_guidance.png",
 )
 
 
@@ -109,9 +111,17 @@ def report_md(
         *(f"![{markdown(drawing.title)}]({drawing.name}.png)\n" for drawing in drawings(ms)),
         markdown_section(figures),
         *([] if choice is None or not choice.figures else [markdown_section(choice_table(choice))]),
+        *(
+            f"![{markdown(drawing.title)}]({drawing.name}.png)\n\n{drawing.caption}\n"
+            for drawing in _of_guidance(choice)
+        ),
         *(f"## {markdown(section.title)}\n\n{markdown(section.text)}\n" for section in sections),
     ]
     return markdown_page(replace(context, notes=(*context.notes, *costs)), parts, provenance(ms, context))
+
+
+def _of_guidance(choice: Choice | GuidanceChoice | None) -> list[Drawing]:
+    return [guidance_drawing(choice)] if isinstance(choice, GuidanceChoice) and choice.figures else []
 
 
 def check_out(directory: Path) -> None:
@@ -131,6 +141,7 @@ def write_report(
     check_out(directory)
     check_comparable(ms)
     records, plots = to_records(ms), {f"{name}.png": distance_png(ms, *kind) for name, kind in PNGS.items()}
+    plots |= {f"{drawing.name}.png": drawing.png() for drawing in _of_guidance(choice)}
     write_atomically(directory / "results.csv", csv_text(records).encode())
     write_atomically(directory / "results.jsonl", jsonl_text(records).encode())
     for name, png in plots.items():

@@ -29,7 +29,7 @@ from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, SOLVER,
 from midway.gen.features.reference import balanced
 from midway.gen.report.html import Block, Explorer, Page, Picture, facts_block, html_page, notes_block, table_block
 from midway.gen.report.notes import answer, figure, named_cell
-from midway.gen.report.plots import drawings
+from midway.gen.report.plots import drawings, guidance_drawing
 from midway.gen.report.sections import baseline_table, choice_table, prior_table
 from midway.gen.report.sweep_tables import (
     Measurements,
@@ -210,6 +210,14 @@ def _caption(m: Measurement, name: str) -> str:
     return f"{figure} · {m.place}".removesuffix(" · ")
 
 
+def _choice_block(choice: Choice | GuidanceChoice) -> Block:
+    """The choice as a table; of guidance also as a plot, and unfolded."""
+    block = table_block(choice_table(choice), folded=True)
+    if not isinstance(choice, GuidanceChoice):
+        return block
+    return replace(block, drawings=(guidance_drawing(choice),), folded=False)
+
+
 def blocks(
     ms: Measurements,
     context: ReportContext,
@@ -237,7 +245,7 @@ def blocks(
         *(table_block(table, folded=True) for table in (rmse_table(ms), difference_table(ms)) if table.lines),
         *(table_block(table, folded=True) for table in further_tables(ms) if table.lines),
         *sections,
-        table_block(choice_table(choice), folded=True) if choice is not None and choice.figures else None,
+        _choice_block(choice) if choice is not None and choice.figures else None,
         table_block(all_figures(ms), folded=True),
         notes_block(context.notes) if context.notes else None,
         facts_block(provenance(ms, context)),

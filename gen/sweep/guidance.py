@@ -22,6 +22,7 @@ from midway.gen.core.processes import at_work
 from midway.gen.diffusion.model import EVERYWHERE
 from midway.gen.evaluation.sources import EvaluatedModel
 from midway.gen.evaluation.spaces import extract
+from midway.gen.metrics.jackknife import GROUPS, jackknife
 from midway.gen.progress.bar import Progress
 from midway.gen.sweep.jobs import Job, Plan, SweepConfig, solver_jobs
 from midway.gen.sweep.measure import EvaluationContext
@@ -30,16 +31,20 @@ from midway.gen.sweep.tally import Work
 from midway.samplers.solvers import SOLVERS
 
 UNGUIDED = "w 1"
+ERROR_DIM = 512
+"""A jackknife takes ten more distances, which take longer than sampling where features have many dimensions."""
 Key = tuple[str, int, str, str]
 """(solver, budget, guidance in words, grid)."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate on the seeds of choice: the distance, None if it diverged, and evaluations of an image."""
+    """A candidate on the seeds of choice: the distance, None if it diverged, evaluations of an image, the distance's error."""
 
     figure: float | None
     nfe: float
+    error: float = 0.0
+    """Standard error by a jackknife; 0 where it is not known, of features of more than `ERROR_DIM` dimensions."""
 
     @property
     def rank(self) -> float:
@@ -127,6 +132,12 @@ def _words(config: SweepConfig) -> str:
     )
 
 
+def parts_of(words: str) -> tuple[float, str]:
+    """The scale, and the rest of the words, which is empty without an interval and another model."""
+    _, scale, *rest = words.split(" ", 2)
+    return float(scale), "".join(rest)
+
+
 def searched_plan(model: EvaluatedModel, config: SweepConfig) -> Plan:
     """Everything of a model whose guidance is chosen; errors as of `searched_jobs`."""
     return Plan(searched_jobs(model, config), model=model.facts, reconstruct=model.reconstruct)
@@ -200,15 +211,20 @@ def _try(job: Job, context: EvaluationContext, seeds: Seeds) -> None:
         seen.append(extract(spaces, job.source.images(batch))[""].features)
         nfe, finite = nfe + batch.nfe * len(some), finite and bool(batch.finite.all())
         context.tally.spend(Work(round(batch.nfe * len(some)), len(some)), batch.seconds, clock() - begun)
-    figure = _distance(torch.cat(seen), context) if finite else None
-    tried_cell(job, context, seeds).write(0, Part({}, {"figure": figure, "nfe": nfe / seeds.n}))
+    figure, error = _distance(torch.cat(seen), context) if finite else (None, 0.0)
+    tried_cell(job, context, seeds).write(0, Part({}, {"figure": figure, "nfe": nfe / seeds.n, "error": error}))
 
 
-def _distance(features: Tensor, context: EvaluationContext) -> float | None:
+def _distance(features: Tensor, context: EvaluationContext) -> tuple[float | None, float]:
+    """With its error."""
     with warnings.catch_warnings():  # of few images: all candidates have the same
         warnings.simplefilter("ignore", UserWarning)
-        found = context.spaces[""].distance_of(features)
-    return found if math.isfinite(found) else None
+        measure = context.spaces[""].distance_of
+        found = measure(features)
+        if not math.isfinite(found):
+            return None, 0.0
+        few = len(features) < 2 * GROUPS or features.shape[1] > ERROR_DIM
+        return found, 0.0 if few else jackknife(measure, features)
 
 
 def in_order(keys: Sequence[Key]) -> list[tuple[str, int]]:

@@ -190,6 +190,7 @@ ABSENT = {
     "model.direction": 0.0,
     "model.start": "random",
     "model.network": "dit",
+    "model.inputs": "own",
     "origin.init": "",
     "origin.teacher": "",
     "origin.pairs": "",
@@ -198,7 +199,7 @@ ABSENT = {
     "origin.aligned": [],
 }
 """What a key means where it is missing: in the configuration of a run from before there was such a key."""
-LATER = ("model.jump.", "model.unet.", "reflow.", "align.")
+LATER = ("model.jump.", "model.unet.", "model.dit.details.", "reflow.", "align.")
 """Groups of keys that runs from before them do not depend on."""
 
 

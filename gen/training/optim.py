@@ -52,12 +52,12 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
 
 def state_bytes(model: nn.Module, config: TrainConfig) -> int:
     """Bytes that training keeps of a model in float32: weights, gradients, states of the optimizer, and averages."""
-    averages = bool(config.ema) + len(config.posthoc)
+    averages, saved = bool(config.ema) + len(config.posthoc), model.state_dict().keys()
     total = sum(b.nbytes for b in model.buffers()) * (1 + averages)
     for name, p in model.named_parameters():
         muon = config.optimizer == "muon" and is_hidden_matrix(name, p)
         states = 1 + (1 if muon else 2) if p.requires_grad else 0  # the gradient, and one or two moments
-        total += p.numel() * p.element_size() * (1 + states + averages)
+        total += p.numel() * p.element_size() * (1 + states + averages * (name in saved))
     return total
 
 
@@ -99,8 +99,10 @@ def rate_groups(
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon optimises it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
-    return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
+    """Whether Muon optimises it: a matrix inside a block, but not its modulation or an adapter (embeddings and heads are
+    outside)."""
+    inside = parameter.dim() == 2 and ".blocks." in f".{name}"
+    return inside and "modulation" not in name and ".lora_" not in name
 
 
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:

@@ -30,7 +30,7 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.flags.arguments import config_of
 from midway.gen.flags.cli import Page, resolve
-from midway.gen.flags.tasks import LatentTask
+from midway.gen.flags.tasks import LatentTask, TrainingTask
 from midway.gen.names.nearest import canonical
 from midway.gen.objectives.jump_config import own_solver
 from midway.gen.progress.finished import unfinished
@@ -150,7 +150,7 @@ def train(task: LatentTask, *lines: str) -> Run | None:
         return run
 
 
-def publish(task: LatentTask, run: Run, parts: Parts, result: FitResult) -> None:
+def publish(task: TrainingTask, run: Run, parts: Parts, result: FitResult) -> None:
     """Write the averaged model as a folder to share, with its tokenizer; the card states how far it is trained. DiskError."""
     if not result.steps:
         return
@@ -173,13 +173,19 @@ def dry_run(task: LatentTask) -> None:
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: LatentModel(task.model, tokenizer.latent_shape, len(names), (), names))
     generator = torch.Generator().manual_seed(0)
-    raw, labels = torch.randn(IMAGES, *tokenizer.latent_shape, generator=generator), torch.arange(IMAGES) % len(names)
+    raw = torch.randn(IMAGES, *tokenizer.latent_shape, generator=generator)
     maps = random_maps(task, model, IMAGES, generator)
+    rehearse(model, items_of(raw, len(names), maps), train, accelerator, start)
+
+
+def items_of(raw: Tensor, classes: int, maps: Tensor | None = None) -> Items:
+    """Latents (N, C, h, w), with classes in turn, and what hidden tokens are aligned with."""
+    labels = torch.arange(len(raw)) % classes
 
     def read(items: Tensor) -> LatentBatch:
         return LatentBatch(raw[items], labels[items], features=None if maps is None else maps[items])
 
-    rehearse(model, Items(read, IMAGES), train, accelerator, start)
+    return Items(read, len(raw))
 
 
 def planned_tokenizer(path: Path) -> ImageTokenizer:

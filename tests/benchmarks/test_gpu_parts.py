@@ -213,6 +213,15 @@ def test_parallel_sampling_is_beside_both_loops(setting: Any) -> None:
     assert found[graph]["differences"]["x, relative"] < 1e-2
 
 
+def test_the_dit_is_beside_that_of_diffusers(setting: Any) -> None:
+    pytest.importorskip("diffusers")
+    found = rows("dit", setting)
+    assert [row["name"] for row in found] == [
+        f"{kind}, tiny, batch 2, {way}" for way in ("float32", "bf16") for kind in ("training", "sampling")
+    ]
+    assert all(row["peer_name"] == "diffusers" and row["turns"] == 3 for row in found)
+
+
 @pytest.mark.slow
 def test_compiled_networks_are_beside_eager_ones(setting: Any) -> None:
     """Marked for compilation only: that takes a C++ compiler minutes."""

@@ -30,11 +30,30 @@ def kinds(task: LatentTask) -> dict[str, Any]:
     """All that variants change."""
     model = task.model
     own = {name: getattr(model.dit, name) for name in DIT2023}
-    times = {"time": model.time, "shift": model.time_shift, "target": model.target, "weight": model.weight}
-    return {**own, **times, "optimizer": task.train.optimizer}
+    times = {
+        "time": model.time,
+        "shift": model.time_shift,
+        "target": model.target,
+        "weight": model.weight,
+        "direction": model.direction,
+    }
+    align = {
+        "taught": task.align.teacher is not None,
+        "projector": task.align.projector,
+        "normalize": task.align.normalize,
+    }
+    return {**own, **times, **align, "optimizer": task.train.optimizer}
 
 
-PLAIN = DIT2023 | {"time": "uniform", "shift": 1.0, "target": "velocity", "weight": "own", "optimizer": "adamw"}
+PLAIN = DIT2023 | {
+    "time": "uniform",
+    "shift": 1.0,
+    "target": "velocity",
+    "weight": "own",
+    "direction": 0.0,
+    "optimizer": "adamw",
+}
+PLAIN |= {"taught": False, "projector": "mlp", "normalize": "none"}
 CHANGED: dict[str, dict[str, Any]] = {
     "dit2023": {},
     "time": {"time": "logit_normal"},
@@ -45,14 +64,18 @@ CHANGED: dict[str, dict[str, Any]] = {
     "qk-norm": {"qk_norm": True},
     "tokens": {"conditioning": "tokens"},
     "x0": {"target": "x0", "weight": "velocity"},
+    "direction": {"direction": 1.0},
     "muon": {"optimizer": "muon"},
     "modern": MODERN | {"time": "logit_normal"},
     "modern-muon": MODERN | {"time": "logit_normal", "optimizer": "muon"},
+    "align": {"taught": True},
+    "align-conv": {"taught": True, "projector": "conv", "normalize": "spatial"},
 }
 
 
 def test_a_variant_differs_from_the_base_in_what_its_name_says_alone(ablation: Any, tmp_path: Path) -> None:
     assert list(ablation.VARIANTS) == list(CHANGED)
+    assert set(CHANGED) - set(ablation.Ablation(tmp_path, tmp_path).variants) == {"align", "align-conv"}
     for name, changed in CHANGED.items():
         task = task_of(ablation, tmp_path, name)
         assert kinds(task) == PLAIN | changed, name

@@ -161,6 +161,7 @@ def test_maps_are_resized_to_the_tokens_by_means_or_between_them() -> None:
     maps = torch.arange(16.0).view(1, 1, 4, 4)
     assert resized(maps, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     assert resized(maps, (4, 4)) is maps
+    assert resized(maps.square(), (1, 1)).item() == 77.5, "of all places, not of the middle"
     wide = resized(torch.tensor([[[[0.0, 4.0]]]]), (1, 4))
     assert wide.flatten().tolist() == [0, 1, 3, 4]
 

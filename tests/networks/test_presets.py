@@ -9,7 +9,18 @@ from midway.gen.networks.dit import DiT
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.presets import PRESETS, SIZES
 
-SIZED = ("width", "depth", "heads", "patch", "mlp_ratio", "dropout", "time_scale", "mup_base_width", "mup_base_heads")
+SIZED = (
+    "width",
+    "depth",
+    "heads",
+    "patch",
+    "mlp_ratio",
+    "dropout",
+    "time_scale",
+    "mup_base_width",
+    "mup_base_heads",
+    "details",
+)
 PUBLISHED = {"S": 33, "B": 130, "L": 458, "XL": 675}
 """Millions of parameters of DiT with patches of 2 (arXiv 2212.09748, Table 4)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from midway.gen.networks.dit import CLASS_TOKENS, TIME_TOKENS, Block, DiT
-from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.dit_config import Details, DiTConfig
 from midway.gen.networks.layers import SwiGLU, make_norm, places_2d, rotated, rotation, swiglu_width
 from midway.gen.networks.mixers import MIXERS, TOKENS, linear_attention, logit_scale, phi, softmax_attention
 from midway.gen.training.batches import Context
@@ -29,6 +29,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "conditioning tokens": {"conditioning": "tokens"},
     "mixer linear": {"mixer": "linear"},
     "attention_scale tokens": {"attention_scale": "tokens"},
+    "details": {"details": Details(norm_gains=True, mlp_norm_eps=0.1, qk_norm_eps=0.1, time_intervals=127)},
 }
 """One by one; then several that meet in one layer."""
 SWITCHES = {

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -160,7 +160,8 @@ def test_hidden_tokens_are_those_after_the_block(block: int, name: str) -> None:
     x, t, labels = normal(8, *SHAPE), torch.linspace(0.1, 0.9, 8), torch.arange(8) % 4
     before, middle = made.forward_network(x, t, labels)
     seen = list[Tensor]()
-    made.network.blocks[block - 1].register_forward_hook(lambda _, __, out: seen.append(out))
+    taken = cast(nn.Module, made.network.blocks[block - 1])
+    taken.register_forward_hook(lambda *call: seen.append(call[-1]))
     made.network.take(block)
     value, hidden = made.forward_network(x, t, labels)
     assert torch.equal(value, before) and torch.equal(hidden, seen[0][:, made.network.front :])

@@ -25,10 +25,11 @@ from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
 from midway.gen.flags.baseline_tasks import BaselineTask
 from midway.gen.flags.cli import main
-from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.flags.tasks import FinetuneTask, LatentTask, PriorTask, TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import (
+    finetune,
     train_baseline,
     train_features,
     train_latent,
@@ -37,7 +38,15 @@ from midway.gen.trainings import (
     train_tokenizer,
 )
 
-Task = TokenizerTask | LatentTask | PriorTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
+Task = (
+    TokenizerTask
+    | LatentTask
+    | FinetuneTask
+    | PriorTask
+    | BaselineTask
+    | train_features.FeaturesTask
+    | train_solver.SolverTask
+)
 
 DATA = DataConfig(held_out=0.9)
 """180 training images: with batches of 32 an epoch ends in the middle of step 5."""
@@ -53,6 +62,8 @@ def train(task: Task) -> Path:
         runs = [train_tokenizer.train(task)]
     elif isinstance(task, LatentTask):
         runs = [train_latent.train(task)]
+    elif isinstance(task, FinetuneTask):
+        runs = [finetune.train(task)]
     elif isinstance(task, PriorTask):
         runs = [train_prior.train(task)]
     elif isinstance(task, BaselineTask):

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from midway.gen.evaluation.sources import EvaluatedLatentModel, SolverSource
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import make_reference
 from midway.gen.flags.evaluation_flags import EvaluateTask
+from midway.gen.report.plots import RING, guidance_figure, guidance_lines
 from midway.gen.report.sections import guidance_table
 from midway.gen.sweep import guidance
-from midway.gen.sweep.guidance import GuidanceChoice, Key, Tried, best_of, searched_jobs
+from midway.gen.sweep.guidance import GuidanceChoice, Key, Tried, best_of, parts_of, searched_jobs
 from midway.gen.sweep.jobs import GuidanceSearch, Job, SweepConfig
 from midway.gen.sweep.run import Sweep
 from midway.gen.sweep.store import Seeds
@@ -138,7 +140,9 @@ def test_the_report_shows_every_candidate_and_marks_what_was_scored(done: Any) -
     text = (out / "report.md").read_text()
     assert "Choice of the guidance" in text and "were chosen among 10 candidates" in text
     assert rows[0]["guidance"] in text.split("## ")[0] and "chosen for every row" in text
+    assert "(distance_vs_guidance.png)" in text and (out / "distance_vs_guidance.png").stat().st_size > 1000
     page = (out / "report.html").read_text()
+    assert page.count("Distance to the data against the scale of guidance") >= 2  # wide and narrow
     assert (
         "Choice of the guidance" in page and "the time grid and the scale w of guidance, chosen on other seeds" in page
     )
@@ -203,6 +207,65 @@ def test_a_weaker_model_takes_part(pipeline: Pipeline, tmp_path: Path) -> None:
         if words.endswith(" by weak"):  # guided by itself it is unguided, at the cost of both
             assert its.nfe == by_class[words.partition(" by ")[0]].nfe
             assert its.figure == pytest.approx(by_class["w 1"].figure, rel=1e-3)
+
+
+# ---- the plot ----
+
+
+def plotted() -> GuidanceChoice:
+    """Two solvers, two grids, an interval, a weaker model; one candidate diverged."""
+    values = {"w 1": 3.0, "w 2": 2.0, "w -3": None, "w 2 at 0.3 to 5": 1.5, "w 2 by weak": 1.0}
+    figures = {
+        (solver, nfe, words, grid): Tried(None if value is None else value + worse, nfe, 0.1)
+        for solver, nfe in (("ddim", 4), ("ddim", 8), ("heun", 8))
+        for words, value in values.items()
+        for grid, worse in (("uniform", 0.5), ("karras", 8 / nfe))
+    }
+    return GuidanceChoice(figures, best_of(figures), Seeds(40, 8, 8))
+
+
+def test_a_line_has_the_best_grid_of_every_scale_that_did_not_diverge() -> None:
+    choice = plotted()
+    lines = {(line.budget, line.rest): line.keys for line in guidance_lines(choice, "ddim")}
+    assert list(lines) == [(nfe, rest) for nfe in (4, 8) for rest in ("", "at 0.3 to 5", "by weak")]
+    assert lines[4, ""] == (("ddim", 4, "w 1", "uniform"), ("ddim", 4, "w 2", "uniform"))
+    assert lines[8, "by weak"] == (("ddim", 8, "w 1", "uniform"), ("ddim", 8, "w 2 by weak", "uniform"))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_plot_marks_what_was_scored_and_the_least(narrow: bool) -> None:
+    choice = plotted()
+    panels: list[Any] = guidance_figure(choice, narrow).axes
+    assert [axes.get_title("left") for axes in panels] == ["ddim", "heun"]
+    assert len({axes.get_ylim() for axes in panels}) == 1
+    for axes, solver in zip(panels, ("ddim", "heun"), strict=True):
+        drawn: list[Any] = [line for line in axes.lines if len(line.get_xdata())]
+        marks = {(x, y) for line in drawn if line.get_markersize() == RING["markersize"] for x, y in line.get_xydata()}
+        scored = {key for key in choice.chosen if key[0] == solver}
+        assert marks == {(parts_of(key[2])[0], choice.figures[key].figure) for key in scored}
+        stars = [line.get_xydata().tolist() for line in drawn if line.get_marker() == "*"]
+        assert stars == ([[[2.0, 1.5]]] if solver == "ddim" else [])
+        assert len(axes.collections) == sum(len(line.keys) > 1 for line in guidance_lines(choice, solver))
+    names = [text.get_text() for text in panels[0].figure.legends[0].get_texts()]
+    kinds = ["all noise levels, by the missing class", "noise levels 0.3 to 5", "by weak"]
+    assert names == ["budget 4", "budget 8", *kinds, "scored", "least of all"]
+
+
+@pytest.mark.parametrize(("images", "dim", "known"), [(40, 3, True), (19, 3, False), (40, 513, False)])
+def test_the_error_of_a_distance_is_that_of_a_mean(images: int, dim: int, known: bool) -> None:
+    """Where the figure is a mean: its standard error over groups."""
+    features = torch.arange(images * dim, dtype=torch.float64).view(images, dim)
+    spaces = {"": SimpleNamespace(distance_of=lambda rows: rows.mean().item())}
+    found, error = guidance._distance(features, SimpleNamespace(spaces=spaces))  # pyright: ignore
+    groups = features.mean(1).view(10, -1).mean(1) if known else torch.zeros(2)
+    assert found == features.mean().item()
+    assert error == pytest.approx(groups.std().item() / 10**0.5)
+
+
+def test_nothing_to_plot_is_a_text() -> None:
+    figures = {("ddim", 4, "w 2", "uniform"): Tried(None, 8)}
+    (axes,) = guidance_figure(GuidanceChoice(figures, best_of(figures), Seeds(40, 8, 8))).axes
+    assert [text.get_text() for text in axes.texts] == ["no finite distance to plot"]
 
 
 # ---- the rule ----

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from midway.gen.commands import posthoc_ema
 from midway.gen.core.checkpoints import directories
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.runs import OWN
 from midway.gen.diffusion.load import CPU, TRAINED_ONLY, Origin, check_apart, load_model, origin_of, recorded_origin
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.diffusion.pairs import ReflowConfig
@@ -53,11 +54,13 @@ def teacher(pipeline: Pipeline) -> str:
     return load_features((best[0] if best else newest) / "features.safetensors").name
 
 
-def test_a_run_records_its_teacher_and_what_that_took(aligned: Path, teacher: str) -> None:
+def test_a_run_records_its_teacher_and_what_that_took(aligned: Path, pipeline: Pipeline, teacher: str) -> None:
     run = load_model(aligned, CPU).run
     assert recorded_origin(run) == Origin(evaluations=1438, aligned=(teacher,))
     assert origin_of(load_model(aligned, CPU)).aligned == (teacher,)
     assert f"| hidden tokens aligned with | {teacher} |" in (aligned / "model/README.md").read_text()
+    (maps,) = pipeline.tokenizer.glob("maps-*-2x2-views1")
+    assert OWN.fullmatch(maps.name), "part of the run that it is in"
     assert '"alignment": ' in (aligned / "metrics.jsonl").read_text()
 
 

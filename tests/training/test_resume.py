@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from nobody import NOBODY
+from other_digits import other_digits
 from PIL import Image
 from pipelines import TINY_DIT, Pipeline
 from resuming import (
@@ -50,7 +51,8 @@ from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.distillation.amed import DistillConfig
 from midway.gen.distillation.table import TableConfig
 from midway.gen.flags.baseline_tasks import FlowTask, VAETask
-from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.flags.tasks import FinetuneTask, LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.adapters import AdapterConfig
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.presets import MODERN
 from midway.gen.objectives.alignment import AlignConfig
@@ -117,6 +119,14 @@ def distilled_task(out: Path, pipeline: Pipeline) -> LatentTask:
     )
 
 
+def finetune_task(out: Path, pipeline: Pipeline, **options: Any) -> FinetuneTask:
+    """Adapters from a gradient, of which one matrix learns faster, and a new class."""
+    data = DataConfig(data=str(other_digits(pipeline.root / "other")))
+    adapter = AdapterConfig(rank=2, start="gradient", b_rate=4.0)
+    train = replace(TRAIN, posthoc=(), accumulation=2)
+    return FinetuneTask(out, pipeline.model, data, adapter=adapter, flip=True, train=train, resume="auto", **options)
+
+
 def prior_task(out: Path, pipeline: Pipeline, kind: Kind) -> PriorTask:
     """A prior with everything random that it has, orders among it, and validation that may end it."""
     head = TokenHeadConfig(width=16, depth=1, repeats=1)
@@ -180,7 +190,7 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
-SLOW = ("latent by tokens", "unet", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
+SLOW = ("full fine-tuning", "latent by tokens", "unet", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
 """Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -215,6 +225,8 @@ KINDS: dict[str, Make] = {
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
     "distilled": lambda out, pipeline: distilled_task(out, pipeline),
+    "adapter": finetune_task,
+    "full fine-tuning": partial(finetune_task, method="full"),
     **{f"{kind} prior": partial(prior_task, kind=kind) for kind in ("causal", "masked", "continuous")},
     "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
     "vae": lambda out, _: vae_task(out),
@@ -462,14 +474,17 @@ def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, 
     [
         "vq",
         "latent",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("aligned", "critic", "vae", "masked prior")),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("aligned", "critic", "vae", "adapter", "masked prior")
+        ),
     ],
 )
 def test_two_processes_resume_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
     task = KINDS[kind](tmp_path / "whole", pipeline)
     task = replace(task, train=replace(task.train, steps=9, lr=3e-3))
-    assert isinstance(task, TokenizerTask | LatentTask | PriorTask | VAETask)
+    assert isinstance(task, TokenizerTask | LatentTask | FinetuneTask | PriorTask | VAETask)
     whole, parts, alone = tmp_path / "whole", tmp_path / "parts", tmp_path / "alone"
     train_together(task)
     train_together(shortened(replace(task, out=parts), 5))
