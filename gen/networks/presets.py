@@ -14,7 +14,8 @@ DIT2023: dict[str, Any] = {
 }
 """DiT as published (Peebles & Xie 2022, arXiv 2212.09748)."""
 MODERN = DIT2023 | {"norm": "rms", "mlp": "swiglu", "positions": "both", "qk_norm": True}
-"""The blocks of LightningDiT (Yao et al. 2025, arXiv 2501.01423, Table 1), with added positions besides rotations."""
+"""The blocks of LightningDiT (Yao et al. 2025, arXiv 2501.01423, Table 1), with added positions besides rotations. Which of
+them earn their place here: docs/model.md."""
 PRESETS: dict[str, dict[str, Any]] = {"dit2023": DIT2023, "modern": MODERN}
 SIZES: dict[str, dict[str, Any]] = {
     "S": {"width": 384, "depth": 12, "heads": 6},

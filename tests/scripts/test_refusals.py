@@ -520,7 +520,7 @@ def test_an_interrupt_exits_with_130(script: Script, monkeypatch: pytest.MonkeyP
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("midway.gen.commands.sample.load_model", interrupt)
+    monkeypatch.setattr("midway.gen.commands.sample.load_adapted", interrupt)
     done = script("sample", "--model", tmp_path)
     assert done.code == 130
     assert done.err == "stopped by SIGINT: no result was stored; the same command starts again\n"

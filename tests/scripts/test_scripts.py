@@ -132,8 +132,17 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
     }
 
 
-ELSEWHERE = {"demo", "download_weights", "check_metric", "completion"}
-"""test_demo.py; test_weights.py, since it needs a network or a server; test_check_metric.py; test_midway_command.py."""
+ELSEWHERE = {
+    "demo",
+    "download_weights",
+    "check_metric",
+    "completion",
+    "finetune",
+    "merge_adapter",
+    "import_model",
+}
+"""test_demo.py; test_weights.py, since it needs a network or a server; test_check_metric.py; test_midway_command.py;
+test_adapter_commands.py; test_import_model.py."""
 
 
 @pytest.fixture(scope="module")

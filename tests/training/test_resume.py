@@ -121,7 +121,7 @@ def distilled_task(out: Path, pipeline: Pipeline) -> LatentTask:
 
 def finetune_task(out: Path, pipeline: Pipeline, **options: Any) -> FinetuneTask:
     """Adapters from a gradient, of which one matrix learns faster, and a new class."""
-    data = DataConfig(data=str(other_digits(pipeline.root / "other")))
+    data = DataConfig(data=str(other_digits(pipeline.root / "other-digits")))
     adapter = AdapterConfig(rank=2, start="gradient", b_rate=4.0)
     train = replace(TRAIN, posthoc=(), accumulation=2)
     return FinetuneTask(out, pipeline.model, data, adapter=adapter, flip=True, train=train, resume="auto", **options)
