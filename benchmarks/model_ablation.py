@@ -14,7 +14,7 @@
    at as many as take the process time of the base; the time of a step is measured on one thread, in turns of all variants.
 3. Trainings of one seed have the same images, noise and times, so variants are compared by their differences to their base, seed
    by seed. The deviation of these differences is pooled over all variants of a column; a difference within its 95 % interval
-   (Student's t) is "=". About twenty variants and columns are looked at, so one of them is expected to be outside by chance.
+   (Student's t) is "=". Nine variants in four columns are 36 differences, so that two of them are expected outside by chance.
 
 Every part goes on after a stop. About half an hour of one core each.
 """
@@ -135,16 +135,22 @@ def words_of(task: Ablation, name: str) -> list[str]:
 
 
 def step_seconds(task: Ablation) -> dict[str, float]:
-    """Process time of an optimizer step of every variant on one thread, the least of its turns."""
+    """Process time of an optimizer step of every variant on one thread, the least of its turns.
+
+    What was timed before stays, so that runs keep their stops; new variants are timed beside the base, in its seconds of then.
+    """
     path = task.folder / "step-seconds.json"
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    if set(task.variants) <= set(known):
+    new = [name for name in task.variants if name not in known]
+    if not new:
         return known
-    made = {name: Timed(task, name) for name in task.variants}
+    made = {name: Timed(task, name) for name in dict.fromkeys((BASE, *new))}
     for one in made.values():
         one.turn()
     turns = [{name: one.turn() for name, one in made.items()} for _ in range(TURNS)]
-    found = {name: min(turn[name] for turn in turns) for name in made}
+    least = {name: min(turn[name] for turn in turns) for name in made}
+    unit = known.get(BASE, least[BASE]) / least[BASE]
+    found = known | {name: least[name] * unit for name in new}
     write_atomically(path, json.dumps(found).encode())
     return found
 
@@ -182,7 +188,8 @@ def stops(task: Ablation, seconds: Mapping[str, float], name: str) -> dict[str, 
 def train(task: Ablation, name: str, seed: int, stop: Mapping[str, int]) -> Path:
     """The run of a variant and a training seed, with a checkpoint at each of its stops."""
     out = task.folder / f"seed-{seed}" / name
-    numbers = ["--steps", str(max(stop.values())), "--save-every", str(min(stop.values())), "--keep", "9"]
+    first, last = min(stop.values()), max(stop.values())
+    numbers = ["--steps", str(last), "--save-every", str(first), "--keep", str(last // first + 1)]
     quiet = ["--save-seconds", "0", "--preview-seconds", "0", "--log-every", "200", "--resume", "auto"]
     train_latent.command([*words_of(task, name), "--out", str(out), "--seed", str(seed), *numbers, *quiet])
     return out

@@ -248,7 +248,8 @@ def priors_block(found: dict[str, Any]) -> str:
 def variants_block(found: dict[str, Any]) -> str:
     """Distances of benchmarks/model_ablation.py by variant, at equal steps and at equal seconds, one table a feature space."""
     rows, axes = found["rows"], {"steps": "steps", "seconds": "seconds of training"}
-    base = rows[0]["step_seconds"]
+    first = next(row for row in rows if not row["beside"])
+    base = first["step_seconds"]
     parts = []
     for metric, features in found["features"].items():
         lines = ["| | beside | a step | " + " | ".join(f"equal {name}" for name in axes.values()) + " |"]
@@ -259,9 +260,9 @@ def variants_block(found: dict[str, Any]) -> str:
             lines.append(f"| {label} | {beside} | {row['step_seconds'] / base:.2f} | {' | '.join(cells)} |")
         limits = ", ".join(f"{name} {values[metric]:.3g}" for name, values in found["limits"].items())
         parts.append(f"Fréchet distance (`{features}`), {limits}\n\n" + "\n".join(lines) + "\n")
-    seeds, steps = len(found["training_seeds"]), rows[0]["stops"]["steps"]
+    seeds, steps = len(found["training_seeds"]), first["stops"]["steps"]
     facts = (
-        f"{found['data']}, {found['tokens']} tokens; {steps:,} steps of `{rows[0]['variant']}`, a step of which takes "
+        f"{found['data']}, {found['tokens']} tokens; {steps:,} steps of `{first['variant']}`, a step of which takes "
         f"{1000 * base:.3g} ms on a thread; means over {seeds} trainings, in brackets the difference to what it is beside, with "
         f'its 95 % interval, "=" within it; n = {found["n"]} images, seeds {found["seeds"]}, NFE {found["nfe"]}, reference '
         f"`{found['reference']}`."

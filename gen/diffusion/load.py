@@ -21,7 +21,7 @@ from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.loss import evaluations_of
+from midway.gen.diffusion.loss import differences, evaluations_of
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.features.extractor import weights_of
 from midway.gen.progress.finished import progress_of
@@ -94,8 +94,11 @@ def origin_of(trained: TrainedModel) -> Origin:
     """What a trained model took, with all that it was made from."""
     run = trained.run
     before = recorded_origin(run)
-    images = int(run.checkpoint.name.removeprefix("step-")) * run.part("train", TrainConfig).batch_size
-    passes = evaluations_of(trained.model.config, bool(before.teacher))
+    config, train = trained.model.config, run.part("train", TrainConfig)
+    steps = int(run.checkpoint.name.removeprefix("step-"))
+    images = steps * train.batch_size
+    half = differences(config, steps) if train.precision == "bf16" else 0.0
+    passes = evaluations_of(config, bool(before.teacher), half)
     evaluations = before.evaluations + round(images * passes)
     return Origin(images=before.images + images, evaluations=evaluations, aligned=before.aligned)
 

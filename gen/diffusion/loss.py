@@ -8,6 +8,7 @@ u is computed by the network as it is wrapped, so that processes share its gradi
 tokens are aligned with features, that term (gen/objectives/alignment.py) is added.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import torch
@@ -214,7 +215,7 @@ def jump_target(made: Jumps, u: Tensor) -> Tensor:
         return jumps.shortcut_target(average, z, t, r, (high - low) * 2.0**-config.jump.finest)
     if config.objective == "imf":
         return jumps.meanflow_target(average, z, t, r, v, average(z, t, t))
-    alpha = alpha_of(model, made.context.step) if config.objective == "alphaflow" else 0.0
+    alpha = alpha_of(config, made.context.step) if config.objective == "alphaflow" else 0.0
     if alpha < DERIVATIVE:
         return jumps.meanflow_target(average, z, t, r, v)
     if not jumps.is_half(z):
@@ -224,17 +225,27 @@ def jump_target(made: Jumps, u: Tensor) -> Tensor:
         return u + jumps.enlarged(own, jumps.alphaflow_target(average, z, t, r, v, alpha), alpha) - own
 
 
-def alpha_of(model: Denoiser, step: int) -> float:
+def alpha_of(config: LatentModelConfig, step: int) -> float:
     """alpha-Flow's alpha in this optimizer step."""
-    jump = model.config.jump
+    jump = config.jump
     return jumps.alpha_at(step / max(jump.alpha_steps, 1), jump.alpha_end)
 
 
-def evaluations_of(config: LatentModelConfig, taught: bool) -> float:
-    """Passes of an image through networks in a training step, forward ones: of the model, of targets, and of a teacher."""
+def differences(config: LatentModelConfig, steps: int) -> float:
+    """Share of so many optimizer steps in which alpha-Flow's target is a difference, not yet a derivative; 0 of others."""
+    if config.objective != "alphaflow":
+        return 0.0
+    return bisect_left(range(steps), True, key=lambda step: alpha_of(config, step) < DERIVATIVE) / max(steps, 1)
+
+
+def evaluations_of(config: LatentModelConfig, taught: bool, half: float = 0.0) -> float:
+    """Passes of an image through networks in a training step, forward ones: of the model, of targets, and of a teacher.
+
+    half: the share of steps that take alpha-Flow's difference in float32 beside a prediction in half precision.
+    """
     if not config.is_jump:
         return 1.0
     jumping = 1 - round(jumps.PERIOD * config.jump.share(config.objective)) / jumps.PERIOD
-    targets = {"shortcut": 2, "alphaflow": 1, "meanflow": 1, "imf": 2}[config.objective]
+    targets = {"shortcut": 2, "alphaflow": 1 + half, "meanflow": 1, "imf": 2}[config.objective]
     teacher = taught * (1 + (config.jump.teacher_guidance != 1))
     return 1 + jumping * targets + teacher + 2 * (config.jump.guidance > 1)

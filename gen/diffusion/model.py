@@ -117,7 +117,7 @@ class LatentModel(DescribedModel):
         self.half_cell.copy_(1 / ((levels - 1) * std.view(-1, 1, 1)))
 
     def time_of(self, u: Tensor) -> Tensor:
-        """The time to train at, float32 (B,), within the range that grids sample, for float64 u (B,) uniform on (0, 1)."""
+        """The time to train at, float32 (B,), within `time_range`, for float64 u (B,) uniform on (0, 1)."""
         config, (low, high) = self.config, self.time_range
         factor = self.shift
         if config.time == "uniform" and factor == 1:
@@ -129,7 +129,7 @@ class LatentModel(DescribedModel):
         else:
             own = times.logit_normal(u, config.time_mean, config.time_std)
             log_rho = own if config.time == "logit_normal" else times.cosmap(u)
-        return times.time_at(self.schedule, log_rho + math.log(factor)).float()
+        return times.time_at(self.schedule, log_rho + math.log(factor), *self.noise_levels).float()
 
     @property
     def shift(self) -> float:

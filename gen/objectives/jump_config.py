@@ -10,6 +10,14 @@ JUMPS: tuple[str, ...] = get_args(Objective)[1:]
 """Objectives of models that jump."""
 DERIVATIVE = 0.005
 """Of alpha-Flow: below this alpha the target is MeanFlow's, its limit."""
+OF = {
+    "finest": ("shortcut",),
+    "alpha_steps": ("alphaflow",),
+    "alpha_end": ("alphaflow",),
+    "ends": JUMPS,
+    "guidance": JUMPS,
+}
+"""Objectives that have these settings."""
 SCHEDULES = ("linear", "cosine")
 """On which jumps are trained: their velocities stay of one size in t."""
 
@@ -19,8 +27,8 @@ class JumpConfig:
     """How a model that jumps is trained; the defaults of None depend on the objective (jumps.py)."""
 
     flow_share: float | None = None
-    """Share of a batch that is trained at r = t, by flow matching; default 0.75 of shortcut and meanflow, 0.5 of the others, 0
-    where jumps end at the data."""
+    """Share of a batch that is trained at r = t, by flow matching, to the nearest 64th; default 0.75 of shortcut and meanflow, 0.5
+    of the others, 0 where jumps end at the data."""
     weight_power: float | None = None
     """A sample's loss L is weighted by (L + offset)^-power, the weight held fixed; default 0 of shortcut, 1 of the others.
     Above 0 the optimum is not the mean velocity where velocities are skewed, least so for latents of many values."""
@@ -71,6 +79,12 @@ def check_jumps(objective: Objective, jump: JumpConfig, schedule: str, target: s
         raise ValueError(
             "shortcut halves its jumps, so they cannot all end at the data: use alphaflow, meanflow or imf"
         )
+
+
+def without_effect(objective: Objective, jump: JumpConfig) -> list[str]:
+    """Settings other than their defaults that this objective has not."""
+    plain = JumpConfig()
+    return [name for name, of in OF.items() if objective not in of and getattr(jump, name) != getattr(plain, name)]
 
 
 def check_jump_guidance(jump: JumpConfig, scale: float, elsewhere: bool) -> None:

@@ -48,7 +48,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 def shortcut_target(average: Average, z: Tensor, t: Tensor, r: Tensor, shortest: float) -> Tensor:
     """Two half jumps of the network itself; where they would be at most `shortest`, two steps along its velocity."""
     middle = (t + r) / 2
-    fine = (t - r) / 2 <= shortest * (1 + 1e-4)  # t and r are float32
+    fine = (t - r) / 2 <= 1.5 * shortest  # t and r are float32; the next halves have twice the length
     first = average(z, t, torch.where(fine, t, middle))
     second = average(z - expand(t - middle, z) * first, middle, torch.where(fine, middle, r))
     return (first + second) / 2

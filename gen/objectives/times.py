@@ -47,6 +47,6 @@ def cosmap(u: Tensor) -> Tensor:
     return (math.pi / 2 * u).tan().log()
 
 
-def time_at(schedule: Schedule, log_rho: Tensor) -> Tensor:
-    """The times of these noise levels, or of the nearest that grids sample."""
-    return schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX)))
+def time_at(schedule: Schedule, log_rho: Tensor, least: float = RHO_MIN, greatest: float = RHO_MAX) -> Tensor:
+    """The times of these noise levels, or of the nearest within rho = least .. greatest, by default those that grids sample."""
+    return schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(least), math.log(greatest)))

@@ -15,6 +15,7 @@ from midway.gen.diffusion.load import NOTHING, Origin, TrainedModel, load_model,
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.pairs import Pairs, PairSource, draw_pairs
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.objectives.jump_config import OF, JumpConfig, without_effect
 from midway.gen.trainings.aligning import planned_alignment
 from midway.samplers.prediction import expand
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -42,6 +43,12 @@ def planned(task: LatentTask) -> LatentTask:
             "--teacher and --model.jump.guidance",
             "guidance is learned from one of them",
             "use --model.jump.teacher-guidance, or drop --teacher",
+        )
+    for name in without_effect(model.objective, jump):
+        flag = f"--model.jump.{name.replace('_', '-')}"
+        of, plain = " and ".join(OF[name]), getattr(JumpConfig(), name)
+        raise UsageError(
+            f"{flag} with objective {model.objective}", f"it is of {of}", f"drop it, which is {flag} {plain}"
         )
     if model.objective == "alphaflow" and jump.alpha_steps == 0:
         model = replace(model, jump=replace(jump, alpha_steps=task.train.steps))

@@ -108,6 +108,36 @@ def test_a_variant_whose_steps_take_longer_has_fewer_in_equal_seconds(ablation: 
     assert found == {"steps": 1000, "seconds": 400}
 
 
+def test_stops_stay_when_a_variant_is_added(ablation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is twice as slow by then, which is no property of the new one."""
+    timed: list[str] = []
+
+    class Timed:
+        def __init__(self, task: object, name: str) -> None:
+            self.seconds = slower * {"dit2023": 0.02, "norm": 0.03, "mlp": 0.05}[name]
+            timed.append(name)
+
+        def turn(self) -> float:
+            return self.seconds
+
+    monkeypatch.setattr(ablation, "Timed", Timed)
+    for slower, names in ((1, ("dit2023", "norm")), (2, ("dit2023", "norm", "mlp")), (5, ("dit2023", "mlp"))):
+        found = ablation.step_seconds(ablation.Ablation(tmp_path, tmp_path / "x.json", variants=names))
+        assert found == pytest.approx({"dit2023": 0.02, "norm": 0.03} | ({"mlp": 0.05} if slower > 1 else {}))
+    assert timed == ["dit2023", "norm", "dit2023", "mlp"]
+
+
+def test_the_checkpoint_of_an_early_stop_is_kept(
+    ablation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(ablation.train_latent, "command", calls.append)
+    ablation.train(ablation.Ablation(tmp_path, tmp_path / "x.json"), "muon", 0, {"steps": 2000, "seconds": 90})
+    flags = dict(zip(calls[0], calls[0][1:], strict=False))
+    steps, every, keep = (int(flags[name]) for name in ("--steps", "--save-every", "--keep"))
+    assert (steps, every) == (2000, 90) and keep >= len({*range(every, steps + 1, every), steps})
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_ends_in_figures_and_a_table(ablation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,14 @@ def test_scales_of_a_constant_and_of_an_alternating_difference() -> None:
 
 
 def test_direction_is_that_of_channels_and_has_no_length() -> None:
-    length = torch.rand(3, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    length = torch.rand(3, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.11
     torch.testing.assert_close(direction(length * B, B), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(direction(-length * B, B), torch.full((3,), 2.0, dtype=torch.float64))
     dots = (A * B).sum(1) / (A.square().sum(1) * B.square().sum(1)).sqrt()
     torch.testing.assert_close(direction(A, B), 1 - dots.mean((1, 2)))
+    torch.testing.assert_close(
+        direction(0.02 * B, B), torch.full((3,), 0.8, dtype=torch.float64)
+    )  # shorter than a tenth
 
 
 def found(**options: object) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
@@ -110,3 +113,19 @@ def test_latents_that_cannot_be_halved_so_often() -> None:
 def test_one_channel_has_no_direction() -> None:
     with pytest.raises(ValueError, match=r"drop --model\.direction"):
         LatentModel(LatentModelConfig(direction=1.0, dit=DIT), (1, 4, 4), 3)
+
+
+def test_the_gradient_of_direction_is_bounded_where_nothing_is_predicted() -> None:
+    """By 1 / (0.1 |velocity|) of a place; and that of a new model, whose output is 0, is of the size of that of other losses."""
+    velocity = B.clone()
+    velocity[0, :, 0, 0] = 0  # which has no direction
+    v = torch.zeros_like(velocity).requires_grad_()
+    direction(v, velocity).sum().backward()
+    assert v.grad is not None
+    expected = -velocity / (0.1 * velocity.square().sum(1, keepdim=True).clamp(min=1e-16)) / 64
+    torch.testing.assert_close(v.grad, expected, rtol=1e-9, atol=0)
+    torch.manual_seed(0)
+    model = LatentModel(LatentModelConfig(direction=1.0, dit=DIT), (4, 4, 4), 3)
+    batch = LatentBatch(torch.randn(6, 4, 4, 4), torch.zeros(6, dtype=torch.long))
+    model.loss(batch, Context(0, 0, torch.arange(6)))[0].backward()
+    assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]) < 30

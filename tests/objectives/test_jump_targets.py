@@ -97,6 +97,24 @@ def test_the_shortest_shortcuts_take_two_steps_along_the_velocity() -> None:
     torch.testing.assert_close(found, (first + second) / 2, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("finest", [1, 7, 13, 16, 20])
+def test_the_shortest_are_known_in_float32(finest: int) -> None:
+    """They alone, of times that training draws: the two halves of a jump of the least length end where they begin."""
+    level, place = torch.rand(2, 20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    low, high = 0.002, 0.9877
+    times = jumps.dyadic_times(level, place, finest, low, high)
+    least = (times[0] - times[1]) < 1.1 * (high - low) * 2.0 ** (1 - finest)
+    ends: list[Tensor] = []
+
+    def average(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        ends.append(t == r)
+        return torch.zeros_like(z)
+
+    t, r = (each.float() for each in times)
+    jumps.shortcut_target(average, torch.zeros(20000, 1), t, r, (high - low) * 2.0**-finest)
+    assert least.any() and all(torch.equal(end, least) for end in ends) and len(ends) == 2
+
+
 def test_guidance_in_training_ends_at_the_guided_velocity() -> None:
     """A network whose velocity is U + s (V - U) has it as its target; without guidance the target is V."""
     labelled, unlabelled = normal(2, 8, 3, dtype=torch.float64)

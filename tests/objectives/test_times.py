@@ -95,6 +95,19 @@ def test_auto_follows_the_number_of_values_of_a_latent() -> None:
     torch.testing.assert_close(large.time_of(U), model(time_shift=2.0).time_of(U))
 
 
+@pytest.mark.parametrize("time", ["logit_normal", "uniform", "mode", "cosmap"])
+def test_draws_end_where_the_network_was_trained(time: str) -> None:
+    """Of imported networks with timesteps that is at their first level of noise, above the least of grids."""
+    found = model(
+        schedule="vp", target="eps", inputs="ddpm", time=time, time_std=9.0 if time == "logit_normal" else 1.0
+    )
+    low, high = found.time_range
+    assert low > model(schedule="vp").time_range[0]
+    t = found.time_of(torch.tensor([1e-9, 0.01, 0.5, 0.99, 1 - 1e-9], dtype=torch.float64)).double()
+    assert bool(((t > low - 1e-6) & (t < high + 1e-6)).all())
+    torch.testing.assert_close(t.min(), torch.tensor(low, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [{"time_mode": -1.1}, {"time_mode": 1.8}, {"time_shift": 0.0}])
 def test_what_is_no_law_raises(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="it can be"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, origin_of
-from midway.gen.diffusion.loss import alpha_of, evaluations_of
+from midway.gen.diffusion.loss import alpha_of, differences, evaluations_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.flags.tasks import LatentTask
 from midway.gen.objectives.jump_config import JUMPS, JumpConfig
@@ -115,13 +115,47 @@ def test_passes_through_networks_are_those_that_a_step_makes(
     assert counter.evaluations == 64 * evaluations_of(config, taught=scale is not None)
 
 
+def test_alpha_flow_in_half_precision_passes_once_more_while_its_target_is_a_difference(
+    pipeline: Pipeline, flow: TrainedModel, tmp_path: Path
+) -> None:
+    config = task_of(pipeline, tmp_path / "run", "alphaflow", jump={"alpha_steps": 20}).model
+    made = LatentModel(config, flow.model.latent_shape, 10)
+    batch = LatentBatch(normal(64, *made.latent_shape), torch.arange(64) % 10)
+    with ForwardCounter(made.network) as counter, torch.autocast("cpu", torch.bfloat16):
+        for step in range(20):
+            made.loss(batch, Context(0, step, torch.arange(64)))
+    share = differences(config, 20)
+    assert share == 15 / 20  # alpha is below .005 from 0.5 + log(199) / 25 = 0.71 on
+    assert counter.evaluations == 20 * 64 * evaluations_of(config, taught=False, half=share)
+    assert differences(replace(config, objective="imf"), 20) == 0
+
+
+SETTINGS = {"finest": 5, "alpha_steps": 9, "alpha_end": 0.1, "ends": "data", "guidance": 2.0}
+OWNERS = {"finest": {"shortcut"}, "alpha_steps": {"alphaflow"}, "alpha_end": {"alphaflow"}}
+
+
+@pytest.mark.parametrize("objective", ["flow", *JUMPS])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_an_objective_has_not_is_an_error(
+    name: str, objective: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    if (name, objective) == ("ends", "shortcut"):
+        return  # an error of another kind
+    task = task_of(pipeline, tmp_path / "run", objective, jump={name: SETTINGS[name]})
+    if objective in OWNERS.get(name, JUMPS):
+        assert getattr(planned(task).model.jump, name) == SETTINGS[name]
+        return
+    flag = f"--model.jump.{name.replace('_', '-')}"
+    with pytest.raises(UsageError, match=rf"{flag} with objective {objective}\n.*it is of .*\n.*drop it"):
+        planned(task)
+
+
 def test_alpha_falls_over_all_of_the_training_or_over_its_own_steps(pipeline: Pipeline, tmp_path: Path) -> None:
     """Also of a run that is stopped before."""
     for steps, expected in ((0, [1.0, 0.5, 0.0]), (10, [1.0, 0.0, 0.0])):
         task = task_of(pipeline, tmp_path / "run", "alphaflow", jump={"alpha_steps": steps})
         task = planned(replace(task, train=replace(TRAIN, steps=20, max_steps=3)))
-        made = LatentModel(task.model, (1, 2, 2), 10)
-        assert [alpha_of(made, step) for step in (0, 10, 20)] == pytest.approx(expected, abs=1e-5)
+        assert [alpha_of(task.model, step) for step in (0, 10, 20)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_costs_add_up_from_the_models_that_a_model_was_made_from(
