@@ -27,8 +27,8 @@ class JumpConfig:
     """How a model that jumps is trained; the defaults of None depend on the objective (jumps.py)."""
 
     flow_share: float | None = None
-    """Share of a batch that is trained at r = t, by flow matching, to the nearest 64th; default 0.75 of shortcut and meanflow, 0.5
-    of the others, 0 where jumps end at the data."""
+    """Share of a batch that is trained at r = t, by flow matching, to the nearest 64th; default 0.75 of shortcut and meanflow,
+    0.5 of the others, 0 where jumps end at the data."""
     weight_power: float | None = None
     """A sample's loss L is weighted by (L + offset)^-power, the weight held fixed; default 0 of shortcut, 1 of the others.
     Above 0 the optimum is not the mean velocity where velocities are skewed, least so for latents of many values."""
