@@ -12,9 +12,10 @@
 2. Its figure is the Fréchet distance to the data (midway evaluate) in two feature spaces, of the same sampling seeds by
    DPM-Solver++(2M) at so many evaluations that little of the solver's error is left. It is taken at --steps optimizer steps, and
    at as many as take the process time of the base; the time of a step is measured on one thread, in turns of all variants.
-3. Trainings of one seed have the same images, noise and times, so variants are compared by their differences to their base, seed
-   by seed. The deviation of these differences is pooled over all variants of a column; a difference within its 95 % interval
-   (Student's t) is "=". Nine variants in four columns are 36 differences, so that two of them are expected outside by chance.
+3. Trainings of one seed have the same images, noise and times, so variants are compared by the ratio to what they are added to,
+   seed by seed. Ratios scatter as much near the base as far from it, so the deviation of their logarithms is pooled over all
+   variants of a column; a change within its 95 % interval (Student's t) is "=". Nine variants in four columns are 36 changes, so
+   that two of them are expected outside by chance.
 
 Every part goes on after a stop. About half an hour of one core each.
 """
@@ -217,26 +218,25 @@ def distances(task: Ablation, run: Path, step: int) -> dict[str, Any]:
 
 
 def compare(values: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Differences of variants to what they are added to, seed by seed: mean, half of its 95 % interval, and a verdict.
+    """Changes of variants beside what they are added to, as fractions: geometric mean over seeds, 95 % interval, verdict.
 
-    values: distances of every variant by training seed, in one order. The variance of the differences is pooled over variants.
+    values: distances of every variant by training seed, in one order. The variance of log ratios is pooled over variants.
     """
     pairs = {name: VARIANTS[name].beside for name in values if VARIANTS[name].beside}
-    apart = {name: [a - b for a, b in zip(values[name], values[base], strict=True)] for name, base in pairs.items()}
+    logs = {
+        name: [math.log(a / b) for a, b in zip(values[name], values[base], strict=True)] for name, base in pairs.items()
+    }
+    means = {name: statistics.mean(each) for name, each in logs.items()}
     seeds = len(values[BASE])
-    if seeds < 2 or not apart:
-        return {
-            name: {"difference": statistics.mean(each), "interval": None, "verdict": "one seed"}
-            for name, each in apart.items()
-        }
-    spread = math.sqrt(statistics.mean(statistics.variance(each) for each in apart.values()))
-    freedom = len(apart) * (seeds - 1)
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * spread / math.sqrt(seeds)
+    if seeds < 2:
+        return {name: {"change": math.expm1(m), "interval": None, "verdict": "one seed"} for name, m in means.items()}
+    spread = math.sqrt(statistics.mean(statistics.variance(each) for each in logs.values())) if logs else 0.0
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, max(len(logs), 1) * (seeds - 1))) * spread / math.sqrt(seeds)
     found = {}
-    for name, each in apart.items():
-        mean = statistics.mean(each)
+    for name, mean in means.items():
         verdict = "=" if abs(mean) <= half else "better" if mean < 0 else "worse"
-        found[name] = {"difference": mean, "interval": half, "verdict": verdict}
+        interval = [math.expm1(mean - half), math.expm1(mean + half)]
+        found[name] = {"change": math.expm1(mean), "interval": interval, "verdict": verdict}
     return found
 
 

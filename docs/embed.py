@@ -263,26 +263,22 @@ def variants_block(found: dict[str, Any]) -> str:
     seeds, steps = len(found["training_seeds"]), first["stops"]["steps"]
     facts = (
         f"{found['data']}, {found['tokens']} tokens; {steps:,} steps of `{first['variant']}`, a step of which takes "
-        f"{1000 * base:.3g} ms on a thread; means over {seeds} trainings, in brackets the difference to what it is beside, with "
-        f'its 95 % interval, "=" within it; n = {found["n"]} images, seeds {found["seeds"]}, NFE {found["nfe"]}, reference '
+        f"{1000 * base:.3g} ms on a thread; means over {seeds} trainings, in brackets the change that it makes, with "
+        f'its 95 % interval, "=" where it has 0; n = {found["n"]} images, seeds {found["seeds"]}, NFE {found["nfe"]}, reference '
         f"`{found['reference']}`."
     )
     return "\n".join([*parts, f"{facts}\n"])
 
 
 def _variant(cell: dict[str, Any]) -> str:
-    """Mean, and the difference to what the variant was added to, bold where it is beyond its interval."""
-    if "difference" not in cell:
+    """Mean, and the change beside what the variant was added to, bold where it is better beyond its interval."""
+    if "change" not in cell:
         return f"{cell['mean']:.3g}"
-    half = "" if cell["interval"] is None else f" ± {cell['interval']:.2g}"
-    shown = f"{cell['mean']:.3g} ({cell['difference']:+.2g}{half})"
-    return (
-        f"{shown} ="
-        if cell["verdict"] == "="
-        else f"**{shown}**"
-        if cell["verdict"] == "better"
-        else f"{shown} {cell['verdict']}"
-    )
+    interval = "" if cell["interval"] is None else ": {:+.0%} to {:+.0%}".format(*cell["interval"])
+    shown = f"{cell['mean']:.3g} ({cell['change']:+.0%}{interval})"
+    if cell["verdict"] == "better":
+        return f"**{shown}**"
+    return f"{shown} {cell['verdict']}"
 
 
 def finetuning_block(found: dict[str, Any]) -> str:

@@ -380,22 +380,22 @@ def test_an_ablation_becomes_a_table_of_each_feature_space() -> None:
     """Means and differences; bold where a part is better, = within the interval."""
 
     def cell(mean: float, *compared: object) -> dict[str, Any]:
-        return {"mean": mean, **dict(zip(("difference", "interval", "verdict"), compared, strict=False))}
+        return {"mean": mean, **dict(zip(("change", "interval", "verdict"), compared, strict=False))}
 
     def row(name: str, step: float, **cells: dict[str, Any]) -> dict[str, Any]:
         named = {key.replace("_", " "): value for key, value in cells.items()}
         beside = {"variant": name, "text": name.upper(), "beside": "" if name == "base" else "base"}
         return {**beside, "step_seconds": step, "stops": {"steps": 2000, "seconds": 1000}, "cells": named}
 
-    better, same = cell(1.5, -0.5, 0.25, "better"), cell(2.1, 0.1, 0.25, "=")
+    better, same = cell(1.5, -0.25, [-0.3, -0.2], "better"), cell(2.1, 0.05, [-0.05, 0.15], "=")
     rows = [
         row("base", 0.02, steps_distance=cell(2.0), seconds_distance=cell(2.0)),
         row("part", 0.03, steps_distance=better, seconds_distance=same),
         row(
             "other",
             0.03,
-            steps_distance=cell(2.6, 0.6, 0.25, "worse"),
-            seconds_distance=cell(1.0, -1.0, None, "one seed"),
+            steps_distance=cell(2.6, 0.3, [0.2, 0.4], "worse"),
+            seconds_distance=cell(1.0, -0.5, None, "one seed"),
         ),
     ]
     facts = {"data": "digits", "tokens": 4, "training_seeds": [0, 1, 2], "n": 8, "nfe": 24, "seeds": "0-7"}
@@ -404,6 +404,6 @@ def test_an_ablation_becomes_a_table_of_each_feature_space() -> None:
     block = _tool("embed").benchmark_block(found)
     assert "Fréchet distance (`x@1`), floor 0.5" in block
     assert "| `base`: BASE |  | 1.00 | 2 | 2 |" in block
-    assert "| `part`: PART | `base` | 1.50 | **1.5 (-0.5 ± 0.25)** | 2.1 (+0.1 ± 0.25) = |" in block
-    assert "| 2.6 (+0.6 ± 0.25) worse | 1 (-1) one seed |" in block
+    assert "| `part`: PART | `base` | 1.50 | **1.5 (-25%: -30% to -20%)** | 2.1 (+5%: -5% to +15%) = |" in block
+    assert "| 2.6 (+30%: +20% to +40%) worse | 1 (-50%) one seed |" in block
     assert "digits, 4 tokens; 2,000 steps of `base`, a step of which takes 20 ms" in block

@@ -89,17 +89,27 @@ def test_an_unknown_variant_and_one_without_what_it_is_compared_with_are_errors(
         ablation.Ablation(tmp_path, tmp_path, variants=("dit2023", "shift"))
 
 
-def test_differences_are_taken_seed_by_seed_and_their_variance_is_pooled(ablation: Any) -> None:
-    """Seeds that are far apart do not hide a difference that all of them have; by hand for two variants and three seeds."""
-    values = {"dit2023": [1.0, 5.0, 9.0], "norm": [0.5, 4.4, 8.6], "mlp": [1.1, 5.0, 8.9], "muon": [2.0, 6.1, 9.9]}
-    found = ablation.compare(values)
-    apart = {"norm": [-0.5, -0.6, -0.4], "mlp": [0.1, 0.0, -0.1], "muon": [1.0, 1.1, 0.9]}
+def test_changes_are_taken_seed_by_seed_and_the_variance_of_their_logarithms_is_pooled(ablation: Any) -> None:
+    """Seeds that are far apart do not hide a change that all of them have; by hand for three variants and seeds."""
+    base = [1.0, 5.0, 9.0]
+    logs = {"norm": [-0.5, -0.6, -0.4], "mlp": [0.1, 0.0, -0.1], "muon": [1.0, 1.1, 0.9]}
+    values = {name: [b * math.exp(each) for b, each in zip(base, own, strict=True)] for name, own in logs.items()}
+    found = ablation.compare({"dit2023": base, **values})
     half = stats.t.ppf(0.975, 6) * math.sqrt(0.01 / 3)
     assert {name: cell["verdict"] for name, cell in found.items()} == {"norm": "better", "mlp": "=", "muon": "worse"}
-    for name, each in apart.items():
-        assert found[name]["difference"] == pytest.approx(sum(each) / 3)
-        assert found[name]["interval"] == pytest.approx(half)
-    assert ablation.compare({"dit2023": [1.0], "norm": [2.0]})["norm"]["verdict"] == "one seed"
+    for name, own in logs.items():
+        mean = sum(own) / 3
+        assert found[name]["change"] == pytest.approx(math.expm1(mean), abs=1e-12)
+        assert found[name]["interval"] == pytest.approx([math.expm1(mean - half), math.expm1(mean + half)])
+    far = ablation.compare({"dit2023": base, **values, "x0": [40.0, 220.0, 325.0]})
+    assert far["norm"]["interval"] == pytest.approx(found["norm"]["interval"], abs=0.02), (
+        "what is far off widens no other"
+    )
+    assert ablation.compare({"dit2023": [1.0], "norm": [2.0]})["norm"] == {
+        "change": 1.0,
+        "interval": None,
+        "verdict": "one seed",
+    }
 
 
 def test_a_variant_whose_steps_take_longer_has_fewer_in_equal_seconds(ablation: Any, tmp_path: Path) -> None:
